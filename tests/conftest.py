@@ -1,0 +1,29 @@
+"""Every test sees NaN in uninitialised memory, two threads, and Triton's interpreter.
+
+The interpreter is chosen when `@triton.jit` runs, so the variable is set before any kernel is
+imported; `tests/kernels/test_ahead_of_time.py` compiles in processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+# Besides choosing deterministic algorithms this fills what torch.empty and its kin return with NaN,
+# in C++ too, so that an output that a kernel leaves unwritten shows.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture
+def reference_backend():
+    """Run every op of the test on the reference."""
+    from fastdistill.ops import use_backend
+
+    with use_backend("reference"):
+        yield
