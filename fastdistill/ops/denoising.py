@@ -1,6 +1,6 @@
 """`denoising_cotangent`: the weighted denoising score-matching loss and its gradient, in one pass.
 
-    D         = a * x_t + b * F                      F raw network output, (a, b) its parametrisation
+    D         = a * x_t + b * F            F raw network output, (a, b) its parametrisation
     loss_i    = weight_i * mean((D - x0)^2)          mean over the elements of sample i
     cotangent = scale * d loss_i / dF
               = scale * 2 * weight_i * b_i * (D - x0) / N
@@ -15,7 +15,7 @@ written once. All arithmetic is float32 whatever the storage (float64 for float6
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,13 +85,13 @@ _denoising_cotangent = Op(
 )
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[0])
     ctx.mark_non_differentiable(output[0])
     ctx.scale = inputs[-1]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor, grad_loss: Tensor):
+def _backward(ctx: Any, _: Tensor, grad_loss: Tensor):
     (cotangent,) = ctx.saved_tensors
     grad = per_sample(grad_loss, cotangent, grad_loss.dtype) * cotangent / ctx.scale
     return grad.to(cotangent.dtype), *[None] * 6

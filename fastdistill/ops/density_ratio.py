@@ -5,7 +5,7 @@ For a discriminator trained with the logistic loss, r = p/q = exp(logit), teache
 
     r      = clamp(exp(clamp(mean_k l_k, -logit_clamp, logit_clamp)), ratio_min, ratio_max)
     S, C   = decay * (S, C) + (sum of r, number of samples) of each bin in this batch
-    r_i    = r_i / mean_b,    mean_b = (S_b + prior) / (C_b + prior)       since E_q[r] = 1 in each bin
+    r_i    = r_i / mean_b,    mean_b = (S_b + prior) / (C_b + prior)   since E_q[r] = 1
     h_i    = r^p (c_0 + c_1 r)^q                                           every row of the f-table
     h_i    = h_i / mean(h)                                                 over the batch
 

@@ -11,7 +11,7 @@ From the raw outputs of teacher and critic to the gradient that the student's sa
     n_i    = mean |x0 - D_phi| + 1e-6, or 1                           DMD's normaliser of sample i
     g      = weight_i * Delta / n_i,  0 where that is not finite
     loss_i = 1/2 mean(g^2)                                            mean over sample i's elements
-    cotangent = scale * g / N                                         d loss_i / d x0 with x0 - g fixed
+    cotangent = scale * g / N                                         d loss_i / d x0, x0 - g fixed
 
 Where teacher and critic share (a, b) the last two terms of Delta are exactly zero, so that no
 precision is lost when the two agree. The loss is DMD's surrogate 1/2 mean((x0 - sg[x0 - g])^2)
@@ -24,7 +24,7 @@ float64 storage).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,14 +122,14 @@ _matching_cotangent = Op(
 )
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     cotangent, _ = output
     ctx.save_for_backward(cotangent)
     ctx.mark_non_differentiable(cotangent)
     ctx.scale, ctx.dtype = inputs[-2], inputs[0].dtype
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor, grad_statistics: Tensor):
+def _backward(ctx: Any, _: Tensor, grad_statistics: Tensor):
     (cotangent,) = ctx.saved_tensors
     grad_loss = grad_statistics[:, 0]
     grad = per_sample(grad_loss, cotangent, grad_loss.dtype) * cotangent / ctx.scale

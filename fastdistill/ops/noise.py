@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,15 +34,18 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """Philox-4x32 with ten rounds on int64 tensors that hold unsigned 32-bit words.
+Word = TypeVar("Word", int, Tensor)
+
+
+def philox_4x32(counter: Sequence[Word], key: Sequence[Word]) -> list[Word]:
+    """Philox-4x32 with ten rounds, on int64 tensors that hold unsigned words or on Python's ints.
 
     Args:
-        counter: four broadcastable int64 tensors.
-        key: two broadcastable int64 tensors.
+        counter: four words, broadcastable if tensors.
+        key: two words.
 
     Returns:
-        Four int64 tensors with values in [0, 2^32).
+        Four words in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -9,7 +9,7 @@ needed, never stored. Bytes moved: x0 read once, x_t and model_input written onc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,13 +72,13 @@ _renoise = Op(
 )
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x0, alpha, _, _, _, input_scale, input_dtype = inputs
     ctx.save_for_backward(alpha, input_scale)
     ctx.dtype, ctx.has_input = x0.dtype, input_dtype is not None
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_x_t: Tensor, grad_input: Tensor):
+def _backward(ctx: Any, grad_x_t: Tensor, grad_input: Tensor):
     """grad x0 = alpha * (grad x_t + c_in * grad model_input)."""
     alpha, input_scale = ctx.saved_tensors
     compute = torch.promote_types(ctx.dtype, torch.float32)

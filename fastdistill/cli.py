@@ -1,0 +1,187 @@
+"""The command line: train, resume, sample, evaluate, info."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Distil diffusion models into one-step generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+
+
+def say(line: str) -> None:
+    """Print one line for a person."""
+    console.print(line, markup=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys to change, as training.steps=100.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; made if absent.")
+    ] = None,
+) -> None:
+    """Run a recipe from data to report."""
+    from fastdistill.config import load_recipe
+    from fastdistill.engine.job import Job
+
+    loaded = load_recipe(recipe, overrides)
+    job = Job.create(output or _unused(Path("runs") / loaded.name), loaded, say)
+    say(f"run folder: {job.folder}")
+    _finish(job.folder, job.run())
+
+
+@app.command()
+def resume(run: RunFolder) -> None:
+    """Continue a run from its newest intact checkpoint."""
+    from fastdistill.engine.job import Job
+
+    _finish(run, Job.open(run, say).run())
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    count: Annotated[int, typer.Option(help="Number of images.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="Class of all images; all in turn if absent.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .png grid or .npy array; samples.png.")
+    ] = None,
+) -> None:
+    """Draw images with a run's student."""
+    import numpy
+    import torch
+
+    from fastdistill.diffusion import Noise
+    from fastdistill.engine import sampling
+    from fastdistill.engine.saved import load_denoiser
+
+    path = output or run / "samples.png"
+    if path.suffix not in (".png", ".npy"):
+        raise ValueError(f"--output is {path}; expected a name that ends in .png or .npy")
+    student, description = load_denoiser(run / "student")
+    if description.times is None:
+        raise ValueError(f"{run / 'student'} is no student: it has no times to be sampled at")
+    if label is not None and not 0 <= label < description.classes:
+        raise ValueError(f"--label is {label}; expected 0 to {description.classes - 1}")
+    labels = sampling.balanced_labels(description.classes, count, torch.device("cpu"))
+    if label is not None and labels is not None:
+        labels = torch.full_like(labels, label)
+    noise = Noise(seed).at(sampling.EVALUATION_STEP)
+    shape = description.shape
+    images = sampling.sample_student(student, description.times, labels, count, shape, noise)
+    if path.suffix == ".npy":
+        numpy.save(path, images.numpy())
+    else:
+        rows = -(-count // 10)
+        sampling.save_grid(path, [("student", images)], rows, min(10, count))
+    say(f"{count} images: {path}")
+
+
+@app.command()
+def evaluate(run: RunFolder) -> None:
+    """Judge a run's saved teacher and student again, and print the table."""
+    from fastdistill.engine.job import Job
+    from fastdistill.engine.saved import load_denoiser
+
+    job = Job.open(run, say)
+    teacher_path = job.recipe.teacher.path or run / "teacher"
+    teacher = load_denoiser(teacher_path, job.device).denoiser
+    student = load_denoiser(run / "student", job.device).denoiser
+    summary, _ = job.evaluate(teacher, student)
+    _print_comparison(summary)
+
+
+@app.command()
+def info() -> None:
+    """Say which versions, backends and devices there are, and what is missing."""
+    from fastdistill.engine.info import describe_installation
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in describe_installation():
+        table.add_row(name, value)
+    console.print(table, markup=False)
+
+
+def main() -> NoReturn:
+    """Entry point: faults of the user, the disk and the keyboard end with one clear message."""
+    from fastdistill.engine.checkpoint import is_disk_full
+    from fastdistill.engine.trainer import Interrupted, TrainingDivergedError
+
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        _stop("stopped", 130)
+    except typer.Exit as request:
+        sys.exit(request.exit_code)
+    except Interrupted as request:
+        _stop(f"{request}; continue with `fastdistill resume FOLDER`", 130)
+    except KeyboardInterrupt:
+        _stop("stopped; continue with `fastdistill resume FOLDER`", 130)
+    except OSError as error:
+        advice = "; make room, then `fastdistill resume FOLDER`" if is_disk_full(error) else ""
+        _stop(f"error: {error}{advice}", 1)
+    except (ValueError, TrainingDivergedError) as error:
+        _stop(f"error: {error}", 1)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            sys.exit(getattr(error, "exit_code", 2))
+        raise
+    sys.exit(0)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    sys.exit(code)
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that does not exist."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _finish(folder: Path, summary: dict) -> None:
+    _print_comparison(summary)
+    say("summary.json, grid.png, report.html, metrics.jsonl and student/ are in")
+    say(str(folder))
+
+
+def _print_comparison(summary: dict) -> None:
+    from fastdistill.engine.report import comparison
+
+    table = Table("", "teacher", "student", "real data")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row(
+        "evaluations", str(summary["evaluations_teacher"]), str(summary["evaluations_student"]), ""
+    )
+    for row in comparison(summary):
+        table.add_row(*row)
+    console.print(table)
+    say(
+        f"{summary['speedup']:.0f} times faster an image than the teacher; peak memory "
+        f"{summary['peak_memory_gib']:.2f} GiB"
+    )

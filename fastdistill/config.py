@@ -1,0 +1,379 @@
+"""Recipes: what a run does, as checked and documented settings read from YAML.
+
+Every mapping is checked when it is read: an unknown or ill-typed key is refused with the
+nearest right one. Things chosen by ``name`` (processes, parametrisations, laws) are the plain
+dataclasses of `fastdistill.diffusion`, so that a recipe and a script say the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import core_schema
+
+from fastdistill.diffusion import parametrisation as parametrisations
+from fastdistill.diffusion import process as processes
+from fastdistill.diffusion import timesteps
+from fastdistill.objectives import get_divergence
+from fastdistill.optim.schedule import Schedule
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, with every fault that was found."""
+
+
+class _Choice:
+    """A field that is one of several dataclasses, written as {name: ..., its fields}."""
+
+    def __init__(self, kinds: Mapping[str, type]) -> None:
+        self.kinds = kinds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(
+            self.parse, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
+        )
+
+    def parse(self, value: Any) -> Any:
+        """The object that a mapping describes; an object of a known kind is itself."""
+        if isinstance(value, tuple(self.kinds.values())):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"is {value!r}; expected a mapping with a name, as {{name: NAME, ...}}"
+            )
+        options = dict(value)
+        name = options.pop("name", None)
+        if name not in self.kinds:
+            raise ValueError(f"name {name!r} is unknown{_nearest(str(name), self.kinds)}")
+        fields = {field.name for field in dataclasses.fields(self.kinds[name])}
+        for key in options:
+            if key not in fields:
+                raise ValueError(f"{name} has no key {key!r}{_nearest(key, fields)}")
+        return TypeAdapter(self.kinds[name]).validate_python(options)
+
+    def dump(self, value: Any) -> dict[str, Any]:
+        """The mapping that `parse` reads back."""
+        name = next(name for name, kind in self.kinds.items() if type(value) is kind)
+        return {"name": name} | dataclasses.asdict(value)
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+ProcessChoice = Annotated[
+    Any,
+    _Choice({"edm": processes.EDM, "vp": processes.VP, "rectified_flow": processes.RectifiedFlow}),
+]
+ParametrisationChoice = Annotated[
+    Any,
+    _Choice(
+        {
+            "edm": parametrisations.EDMPreconditioning,
+            "epsilon": parametrisations.Epsilon,
+            "v": parametrisations.V,
+            "x0": parametrisations.X0,
+            "flow": parametrisations.Flow,
+        }
+    ),
+]
+LawChoice = Annotated[
+    Any,
+    _Choice(
+        {
+            "log_normal_sigma": timesteps.LogNormalSigma,
+            "karras_index": timesteps.KarrasIndex,
+            "uniform": timesteps.Uniform,
+            "logit_normal": timesteps.LogitNormal,
+            "fixed_list": timesteps.FixedList,
+        }
+    ),
+]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class OptimizerSettings(_Settings):
+    """AdamW and its schedule, for one role."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas; SiD and this project's digits use beta1 = 0 for student and critic."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    schedule: Schedule = "constant"
+    """constant, linear or cosine."""
+    warmup: NonNegativeInt = 0
+    """Updates of linear warm-up."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Learning-rate factor at the end of a linear or cosine schedule."""
+    clip_norm: PositiveFloat | None = None
+    """Bound of the gradient's global norm; null leaves it alone."""
+
+
+class TrainingSettings(_Settings):
+    """One stage of training."""
+
+    steps: PositiveInt
+    """Iterations; each is one critic update (or one update, without a critic)."""
+    batch_size: PositiveInt
+    """Samples of one micro-batch."""
+    accumulation: PositiveInt = 1
+    """Micro-batches of one update."""
+    critic_updates_per_student_update: PositiveInt = 1
+    """Critic updates for each update of the student: 5 means five."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the networks under autocast."""
+    student: OptimizerSettings
+    """Optimizer of the network that is distilled (or, for a teacher, trained)."""
+    critic: OptimizerSettings | None = None
+    """Optimizer of the critic; null where the objective has none."""
+    discriminator: OptimizerSettings | None = None
+    """Optimizer of the discriminator; null where the objective has none."""
+    ema_half_life: PositiveFloat = 500.0
+    """Student updates after which an old weight counts half in the average."""
+    log_every: PositiveInt = 50
+    """Steps between log points: the only moments at which the host waits for the device."""
+    sample_every: PositiveInt | None = None
+    """Steps between sample grids and evaluations; null makes none."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; one is also made at the end and on Ctrl-C."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept; at least two, so that a damaged newest one costs little."""
+
+
+class ModelSettings(_Settings):
+    """The network of teacher, student and critic."""
+
+    name: Literal["digits"] = "digits"
+    """digits: the class-conditional residual MLP."""
+    width: PositiveInt = 256
+    """Width of the hidden layers."""
+    blocks: PositiveInt = 3
+    """Residual blocks."""
+
+
+class TeacherSettings(_Settings):
+    """Where the teacher comes from, and how it samples."""
+
+    path: Path | None = None
+    """Folder of a saved denoiser (a run's teacher/ or student/); null trains one in the run."""
+    law: LawChoice = timesteps.LogNormalSigma()
+    """Law of its training times."""
+    condition_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the samples that train the null condition; guidance needs some."""
+    training: TrainingSettings | None = None
+    """How it is trained; null with a path."""
+    sampler_steps: PositiveInt = 18
+    """Heun steps of its samples: n steps are 2 n - 1 evaluations."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherSettings:
+        if (self.path is None) == (self.training is None):
+            raise ValueError("needs either path or training, and not both")
+        return self
+
+
+class ObjectiveSettings(_Settings):
+    """The distillation method."""
+
+    name: Literal["distribution_matching"] = "distribution_matching"
+    """distribution_matching: Diff-Instruct, DMD2 and f-distill."""
+    divergence: str = "reverse_kl"
+    """Any name of the f-table, as reverse_kl, jensen_shannon, forward_kl, squared_hellinger."""
+    normalise: bool = True
+    """Divide the score gap by DMD's mean |x - D_teacher|; false gives Diff-Instruct."""
+    student_times: tuple[float, ...] = Field(min_length=1)
+    """The student's times from the noisiest on, in the process' clock; one for one step."""
+    matching_law: LawChoice
+    """Law of the times at which scores are compared."""
+    critic_law: LawChoice
+    """Law of the critic's training times."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the teacher."""
+    gan_weight: float = Field(default=0.0, ge=0)
+    """Weight of the GAN term in the student's loss (mean-reduction convention)."""
+    gan_features: Literal["teacher", "critic"] = "teacher"
+    """Whose features the discriminator reads."""
+    gan_critic_weight: PositiveFloat = 1.0
+    """Weight of the discriminator's loss beside the critic's."""
+    ratio_decay: float = Field(default=0.9, ge=0, le=1)
+    """Decay, a student update, of the density ratio's history in each noise-level bin."""
+    ratio_prior: float = Field(default=1.0, ge=0)
+    """Pseudo-samples of ratio one in each bin."""
+
+    @model_validator(mode="after")
+    def _known_divergence(self) -> ObjectiveSettings:
+        get_divergence(self.divergence)
+        return self
+
+    @property
+    def needs_discriminator(self) -> bool:
+        """Whether the method reads a discriminator."""
+        return self.gan_weight > 0 or get_divergence(self.divergence).needs_ratio
+
+
+class EvaluationSettings(_Settings):
+    """How the student is judged."""
+
+    samples: PositiveInt = 5000
+    """Samples of teacher and student at the end."""
+    samples_during_training: PositiveInt = 1000
+    """Samples of the evaluations during training."""
+
+
+class Recipe(_Settings):
+    """Everything that a run is determined by, besides the machine."""
+
+    name: str
+    """Name of the run's folder under runs/ where none is given."""
+    seed: NonNegativeInt = 0
+    """Seed of every random number."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    threads: PositiveInt = 2
+    """CPU threads; a run on a CPU repeats bitwise for one number of threads on one machine."""
+    data: Literal["digits"] = "digits"
+    """Data set."""
+    model: ModelSettings = ModelSettings()
+    """Network of all roles."""
+    process: ProcessChoice = processes.EDM()
+    """Forward process."""
+    parametrisation: ParametrisationChoice = parametrisations.EDMPreconditioning()
+    """What the networks predict."""
+    teacher: TeacherSettings
+    """The teacher."""
+    objective: ObjectiveSettings
+    """The distillation method."""
+    training: TrainingSettings
+    """The distillation."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How the student is judged."""
+
+    @model_validator(mode="after")
+    def _optimizers_fit(self) -> Recipe:
+        if self.training.critic is None:
+            raise ValueError("training.critic is missing: distribution_matching trains a critic")
+        needed = self.objective.needs_discriminator
+        if needed and self.training.discriminator is None:
+            raise ValueError(
+                f"training.discriminator is missing: divergence {self.objective.divergence} with "
+                f"gan_weight {self.objective.gan_weight} trains a discriminator"
+            )
+        knows_null = self.teacher.path is not None or self.teacher.condition_dropout > 0
+        if self.objective.guidance_scale != 1 and not knows_null:
+            raise ValueError(
+                "objective.guidance_scale needs a teacher that knows the null condition: set "
+                "teacher.condition_dropout, as 0.1"
+            )
+        return self
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by path or by the name of one that ships, with ``key=value`` overrides.
+
+    Args:
+        source: path of a YAML file, or a name such as ``digits``.
+        overrides: as ``training.steps=100``; values are YAML.
+
+    Raises:
+        RecipeError: naming the unknown recipe, or every wrong key and the nearest right one.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = RECIPES / f"{source}.yaml"
+    if not path.is_file():
+        known = sorted(entry.stem for entry in RECIPES.glob("*.yaml"))
+        raise RecipeError(f"no recipe {source!s}{_nearest(str(source), known)}")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path} holds no mapping of keys to values")
+    for override in overrides or []:
+        _override(document, override)
+    return parse_recipe(document, str(source))
+
+
+def parse_recipe(document: Mapping[str, Any], source: str) -> Recipe:
+    """Check a recipe that was read already; errors are those of `load_recipe`."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
+        raise RecipeError(f"recipe {source} cannot be run:\n{faults}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r} is not of the form key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if document.get(parent) is None:
+            document[parent] = {}
+        document = document[parent]
+        if not isinstance(document, dict):
+            raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        document[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(fault: Any) -> str:
+    """One validation fault as a sentence with its key and, for unknown ones, the nearest."""
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in location[:-1]:
+            section = _section(section, part)
+        return f"{key} is no key{_nearest(location[-1], section.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}"
+    return f"{key} is {fault['input']!r}: {fault['msg'].lower()}"
+
+
+def _section(model: type[BaseModel], part: str) -> type[BaseModel]:
+    """The model of a nested section, also where it is optional."""
+    annotation = model.model_fields[part].annotation
+    candidates = getattr(annotation, "__args__", (annotation,))
+    return next(
+        kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)
+    )

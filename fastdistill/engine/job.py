@@ -1,0 +1,328 @@
+"""`Job`: a recipe from data to report, in a folder that can be resumed from any moment.
+
+recipe.yaml        the whole recipe, defaults included
+metrics.jsonl      everything measured at log points; a resumed run writes the same bytes
+timings.jsonl      images a second and memory, which no two runs share
+tensorboard/       the same as events
+checkpoints/       the newest few of each stage
+teacher/ student/  saved denoisers
+samples/           grids during training
+summary.json grid.png report.html    the result
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fastdistill.config import Recipe, RecipeError, TrainingSettings, dump_recipe, parse_recipe
+from fastdistill.data import DATA_SETS
+from fastdistill.diffusion import Noise
+from fastdistill.engine import sampling
+from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.log import RunLog
+from fastdistill.engine.report import write_report
+from fastdistill.engine.saved import DenoiserDescription, load_denoiser, save_denoiser
+from fastdistill.engine.trainer import Trainer, memory_in_use
+from fastdistill.evaluate import DigitsClassifier, digits_classifier, evaluate_samples
+from fastdistill.models import Denoiser
+from fastdistill.objectives import (
+    Denoising,
+    Discriminator,
+    DistributionMatching,
+    MatchingSettings,
+    Objective,
+    get_divergence,
+)
+
+STAGES = ("teacher", "distill")
+
+
+class Job:
+    """One run of a recipe in one folder.
+
+    Args:
+        folder: the run's folder, made by `create` or found by `open`.
+        recipe: what is run.
+        say: called with each line for the screen.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None:
+        self.folder, self.recipe, self.say = folder, recipe, say
+        self.device = choose_device(recipe.device)
+        self.data = DATA_SETS[recipe.data]().to(self.device)
+        self.description = DenoiserDescription.of(recipe, self.data.shape, self.data.classes)
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe, say: Callable[[str], None] = print) -> Job:
+        """Start a run in a new or empty folder.
+
+        Raises:
+            FileExistsError: where the folder holds anything.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(
+                f"{folder} is not empty; choose another --output, or continue the run in it with "
+                f"`fastdistill resume {folder}`"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        return cls(folder, recipe, say)
+
+    @classmethod
+    def open(cls, folder: Path, say: Callable[[str], None] = print) -> Job:
+        """Find the run in a folder.
+
+        Raises:
+            RecipeError: where there is none.
+        """
+        path = folder / "recipe.yaml"
+        if not path.is_file():
+            raise RecipeError(f"{folder} holds no run: {path} is missing")
+        return cls(folder, parse_recipe(yaml.safe_load(path.read_text()), str(path)), say)
+
+    def run(self) -> dict[str, Any]:
+        """Do what is still to be done, from the newest intact checkpoint on.
+
+        Returns:
+            The summary, as in ``summary.json``.
+
+        Raises:
+            Interrupted: after a checkpoint, on Ctrl-C.
+            BlockingIOError: where another process runs in the folder.
+        """
+        torch.set_num_threads(self.recipe.threads)
+        with self._locked():
+            newest = self._store("teacher").newest()
+            with RunLog(self.folder, self.recipe.training.batch_size, self.say) as log:
+                if newest is None:
+                    log.restart(0)
+                teacher = self._teacher(newest, log)
+                student = self._distill(teacher, newest, log)
+            return self._finish(teacher, student)
+
+    def _teacher(self, newest: Checkpoint | None, log: RunLog) -> Denoiser:
+        """The teacher: loaded, or trained in the stage of that name."""
+        settings = self.recipe.teacher
+        if settings.path is not None:
+            saved = load_denoiser(settings.path, self.device)
+            self._check_fits(saved.description, settings.path)
+            return saved.denoiser
+        folder = self.folder / "teacher"
+        if newest is not None and newest.stage == "distill":
+            return load_denoiser(folder, self.device).denoiser
+        assert settings.training is not None
+        denoiser = self.description.build(self.recipe.seed).to(self.device)
+        objective = Denoising(denoiser, settings.law, condition_dropout=settings.condition_dropout)
+        trainer = self._trainer("teacher", objective, settings.training, log)
+        self._fit(trainer, newest, log)
+        save_denoiser(folder, trainer.ema.module, self.description)
+        return trainer.ema.module
+
+    def _distill(self, teacher: Denoiser, newest: Checkpoint | None, log: RunLog) -> Denoiser:
+        """The student, an average of the weights of the distillation stage."""
+        recipe = self.recipe
+        objective = make_objective(recipe, teacher).to(self.device)
+        trainer = self._trainer("distill", objective, recipe.training, log)
+        self._fit(trainer, newest if newest and newest.stage == "distill" else None, log)
+        times = recipe.objective.student_times
+        description = self.description.model_copy(update={"times": times})
+        save_denoiser(self.folder / "student", trainer.ema.module, description)
+        return trainer.ema.module
+
+    def _trainer(
+        self, stage: str, objective: Objective, settings: TrainingSettings, log: RunLog
+    ) -> Trainer:
+        log.begin(stage, settings)
+        return Trainer(
+            objective,
+            self.data,
+            settings,
+            seed=self.recipe.seed,
+            checkpoints=self._store(stage, settings.keep_checkpoints),
+            stage=stage,
+            on_log=lambda row: log.write(row, memory_in_use(self.device)),
+            on_sample=lambda trainer: self._judge(trainer, log),
+            before_checkpoint=log.commit,
+        )
+
+    def _fit(self, trainer: Trainer, checkpoint: Checkpoint | None, log: RunLog) -> None:
+        if checkpoint is not None:
+            attached = trainer.resume(checkpoint)
+            log.restart(attached["metrics_bytes"], trainer.step)
+            self.say(f"resuming stage {trainer.stage} at step {trainer.step}")
+        trainer.fit()
+
+    def _judge(self, trainer: Trainer, log: RunLog) -> None:
+        """Evaluate the averaged student during training, and draw a few of its samples."""
+        if trainer.stage != "distill":
+            return
+        count = self.recipe.evaluation.samples_during_training
+        images = self._student_samples(trainer.ema.module, count)
+        scores = evaluate_samples(self.data.samples, images, self._classifier)
+        log.write_scores(trainer.stage, trainer.step, scores)
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{trainer.stage}-{trainer.step:09d}.png"
+        sampling.save_grid(path, [(f"step {trainer.step}", images)], 10, 10)
+
+    def _finish(self, teacher: Denoiser, student: Denoiser) -> dict[str, Any]:
+        """Evaluate teacher and student, and write summary, grid and report."""
+        self.say("evaluating teacher and student")
+        summary, images = self.evaluate(teacher, student)
+        columns = [("real", self._real_by_class(100)), *images.items()]
+        sampling.save_grid(self.folder / "grid.png", columns, 10, 10)
+        text = json.dumps(summary, indent=2) + "\n"
+        (self.folder / "summary.json").write_text(text)
+        write_report(self.folder, self.recipe, summary)
+        return summary
+
+    def evaluate(
+        self, teacher: Denoiser, student: Denoiser
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Numbers of teacher and student under plain names, and the images they were made from."""
+        recipe, data = self.recipe, self.data
+        count, steps = recipe.evaluation.samples, recipe.teacher.sampler_steps
+        times = recipe.objective.student_times
+        summary: dict[str, Any] = {
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "divergence": recipe.objective.divergence,
+            "evaluations_teacher": 2 * steps - 1,
+            "evaluations_student": len(times),
+            "real_samples": len(data.samples),
+        }
+        titles = {
+            "teacher": f"teacher, {2 * steps - 1} evaluations",
+            "student": f"student, {len(times)} evaluation" + "s" * (len(times) > 1),
+        }
+        images = {}
+        for role, make in (
+            ("teacher", lambda n: self._teacher_samples(teacher, n)),
+            ("student", lambda n: self._student_samples(student, n)),
+        ):
+            make(min(count, 1000))  # warm-up: caches and thread pools
+            with sampling.Stopwatch(self.device) as watch:
+                made = make(count)
+            scores = evaluate_samples(data.samples, made, self._classifier)
+            summary |= {f"{name}_{role}": value for name, value in scores.items()}
+            summary[f"seconds_per_thousand_{role}"] = 1000 * watch.seconds / count
+            images[titles[role]] = made[:100]
+        summary["speedup"] = (
+            summary["seconds_per_thousand_teacher"] / summary["seconds_per_thousand_student"]
+        )
+        summary["peak_memory_gib"] = memory_in_use(self.device)
+        return summary, images
+
+    def _teacher_samples(self, teacher: Denoiser, count: int) -> Tensor:
+        labels = sampling.balanced_labels(self.data.classes, count, self.device)
+        steps = self.recipe.teacher.sampler_steps
+        return sampling.sample_teacher(
+            teacher, steps, labels, count, self.data.shape, self._evaluation_noise()
+        )
+
+    def _student_samples(self, student: Denoiser, count: int) -> Tensor:
+        labels = sampling.balanced_labels(self.data.classes, count, self.device)
+        times = self.recipe.objective.student_times
+        return sampling.sample_student(
+            student, times, labels, count, self.data.shape, self._evaluation_noise()
+        )
+
+    def _evaluation_noise(self) -> Noise:
+        return Noise(self.recipe.seed, self.device).at(sampling.EVALUATION_STEP)
+
+    def _real_by_class(self, count: int) -> Tensor:
+        """Real images in the order of the generated ones: classes in turn."""
+        data = self.data
+        if data.labels is None:
+            return data.samples[:count]
+        ranks = [torch.where(data.labels == k)[0] for k in range(data.classes)]
+        rows = torch.stack([ranks[i % data.classes][i // data.classes] for i in range(count)])
+        return data.samples[rows]
+
+    @property
+    def _classifier(self) -> DigitsClassifier:
+        if not hasattr(self, "_cached_classifier"):
+            self._cached_classifier = digits_classifier()
+        return self._cached_classifier
+
+    def _store(self, stage: str, keep: int = 2) -> CheckpointStore:
+        return CheckpointStore(self.folder / "checkpoints", STAGES, keep, self.say)
+
+    def _check_fits(self, found: DenoiserDescription, path: Path) -> None:
+        for name in ("shape", "classes", "process"):
+            have, want = getattr(found, name), getattr(self.description, name)
+            if have != want:
+                raise RecipeError(f"teacher {path} has {name} {have}, but the recipe has {want}")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep a second process out of the folder."""
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    error.errno, f"another process is running in {self.folder}"
+                ) from None
+            yield
+
+
+def make_objective(recipe: Recipe, teacher: Denoiser) -> DistributionMatching:
+    """The recipe's objective, with student and critic that start as copies of the teacher."""
+    settings = recipe.objective
+    discriminator = None
+    if settings.needs_discriminator:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed + 1)
+            discriminator = Discriminator(teacher.network.feature_shapes)
+    return DistributionMatching(
+        copy.deepcopy(teacher).requires_grad_(True).train(),
+        teacher,
+        copy.deepcopy(teacher).requires_grad_(True).train(),
+        settings.student_times,
+        settings.matching_law,
+        settings.critic_law,
+        discriminator=discriminator,
+        settings=MatchingSettings(
+            divergence=get_divergence(settings.divergence),
+            normalise=settings.normalise,
+            guidance_scale=settings.guidance_scale,
+            gan_weight=settings.gan_weight,
+            gan_features=settings.gan_features,
+            gan_critic_weight=settings.gan_critic_weight,
+            ratio_decay=settings.ratio_decay,
+            ratio_prior=settings.ratio_prior,
+        ),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a recipe; auto is a GPU where there is one.
+
+    Raises:
+        RecipeError: for a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; use cpu, or "
+            "install a CUDA build of torch"
+        )
+    return device

@@ -1,0 +1,213 @@
+"""The HTML report of a run: one file with its numbers, grids and convergence signals.
+
+A distillation loss says little about progress, so the report shows what does: the score gap and
+the discriminator's accuracy by noise level, the mean density ratio (which is 1 by theory), the
+effective sample size of the weights h, and the student's Frechet distance and Vendi score.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdistill.config import Recipe, dump_recipe
+from fastdistill.engine.log import METRICS, TIMINGS
+from fastdistill.engine.metrics import read_rows
+
+_COMPARED = {
+    "frechet_pixel": "Fréchet distance, pixels",
+    "frechet_features": "Fréchet distance, classifier features",
+    "precision": "precision",
+    "recall": "recall",
+    "vendi": "Vendi score",
+    "class_share_min": "smallest share of a class",
+    "class_share_max": "largest share of a class",
+    "seconds_per_thousand": "seconds per 1,000 images",
+}
+_REAL = {
+    "frechet_pixel": "frechet_pixel_real_halves",
+    "frechet_features": "frechet_features_real_halves",
+    "vendi": "vendi_real",
+}
+
+
+def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows (metric, teacher, student, real data) of the result's table, as text."""
+    rows: list[tuple[str, ...]] = []
+    for name, label in _COMPARED.items():
+        real = summary.get(f"{_REAL[name]}_student") if name in _REAL else None
+        values = (summary[f"{name}_teacher"], summary[f"{name}_student"], real)
+        rows.append((label, *("" if value is None else f"{value:.4g}" for value in values)))
+    return rows
+
+
+def write_report(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> Path:
+    """Write ``report.html`` from what the run's folder holds; it needs no other file."""
+    import jinja2
+
+    rows = read_rows(folder / METRICS)
+    training = [row for row in rows if "student/loss" in row]
+    distill = [row for row in training if row["stage"] == "distill"]
+    scores = [row for row in rows if "evaluation/vendi" in row]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        recipe=recipe,
+        summary=summary,
+        comparison=comparison(summary),
+        grid=_embed((folder / "grid.png").read_bytes()),
+        figures=_figures(training, distill, scores, read_rows(folder / TIMINGS)),
+        samples=[
+            (path.stem, _embed(path.read_bytes()))
+            for path in sorted((folder / "samples").glob("*.png"))
+        ],
+        yaml=dump_recipe(recipe),
+    )
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _figures(
+    training: list[dict[str, Any]],
+    distill: list[dict[str, Any]],
+    scores: list[dict[str, Any]],
+    timings: list[dict[str, Any]],
+) -> list[tuple[str, str, str]]:
+    """(title, what it says, embedded picture) of every signal that this run has."""
+    teacher = [row for row in training if row["stage"] == "teacher"]
+    figures = [
+        _curves("Teacher's loss", "Denoising loss.", teacher, ["student/loss"]),
+        _curves(
+            "Student's distance to the data",
+            "Fréchet distance of samples of the averaged student; the dotted line is the distance "
+            "between two halves of the real data.",
+            scores,
+            ["evaluation/frechet_pixel", "evaluation/frechet_features"],
+            references=[
+                "evaluation/frechet_pixel_real_halves",
+                "evaluation/frechet_features_real_halves",
+            ],
+        ),
+        _curves(
+            "Diversity",
+            "Vendi score of the samples (effective number of different ones) and of real data.",
+            scores,
+            ["evaluation/vendi"],
+            references=["evaluation/vendi_real"],
+        ),
+        _levels(
+            "Score gap by noise level",
+            "Mean squared difference of critic and teacher; it falls at every level as they agree.",
+            distill,
+            "student/score_gap/by_level",
+        ),
+        _curves("Losses", "They need not fall.", distill, ["student/loss", "critic/loss"]),
+        _levels(
+            "Density ratio by noise level",
+            "Mean calibrated ratio teacher / student; theory says 1 at every level.",
+            distill,
+            "student/ratio/by_level",
+        ),
+        _curves(
+            "Effective sample size of the weights h",
+            "Share of the batch that carries the gradient; near 0 a few samples carry all.",
+            distill,
+            ["student/effective_sample_size"],
+        ),
+        _levels(
+            "Discriminator's accuracy by noise level",
+            "0.5 means that student and data cannot be told apart.",
+            distill,
+            "critic/discriminator_accuracy/by_level",
+        ),
+        _curves(
+            "Gradient norms",
+            "Before clipping.",
+            distill,
+            ["student/grad_norm", "critic/grad_norm", "discriminator/grad_norm"],
+        ),
+        _curves("Throughput", "Images a second.", timings, ["images_per_second"]),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _curves(
+    title: str,
+    text: str,
+    rows: list[dict[str, Any]],
+    names: Sequence[str],
+    references: Sequence[str] = (),
+) -> tuple[str, str, str] | None:
+    """Curves over the rows in their order; None where no row has any of the names."""
+    present = [name for name in names if any(name in row for row in rows)]
+    if not present:
+        return None
+    figure, axis = _figure()
+    for k, name in enumerate(present):
+        points = _points(rows, name)
+        axis.plot(*points, color=f"C{k}", label=name.removeprefix("evaluation/"))
+        if references:
+            axis.plot(*_points(rows, references[names.index(name)]), color=f"C{k}", ls=":")
+    _scale(axis, [value for name in present for value in _points(rows, name)[1]])
+    axis.set_xlabel("step")
+    axis.legend(fontsize=7, frameon=False)
+    return title, text, _embed_figure(figure)
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    chosen = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in chosen], [row[name] for row in chosen]
+
+
+def _levels(
+    title: str, text: str, rows: list[dict[str, Any]], name: str
+) -> tuple[str, str, str] | None:
+    """One curve a noise level, from noisy (dark) to clean (bright)."""
+    chosen = [row for row in rows if name in row]
+    if not chosen:
+        return None
+    import matplotlib
+
+    figure, axis = _figure()
+    bins = len(chosen[0][name])
+    colours = matplotlib.colormaps["viridis"]
+    seen = []
+    for k in range(bins):
+        points = [(row["step"], row[name][k]) for row in chosen if row[name][k] is not None]
+        if points:
+            seen += [value for _, value in points]
+            axis.plot(*zip(*points, strict=True), color=colours(k / bins), lw=1, label=str(k))
+    _scale(axis, seen)
+    axis.set_xlabel("step")
+    axis.legend(fontsize=6, frameon=False, title="log-SNR bin", title_fontsize=6, ncols=2)
+    return title, text, _embed_figure(figure)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axis = figure.subplots()
+    axis.grid(alpha=0.25)
+    return figure, axis
+
+
+def _scale(axis: Any, values: list[float]) -> None:
+    """A logarithmic axis for positive values over more than a decade."""
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        axis.set_yscale("log")
+
+
+def _embed_figure(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return _embed(buffer.getvalue(), "svg+xml")
+
+
+def _embed(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

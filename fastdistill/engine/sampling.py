@@ -1,0 +1,129 @@
+"""Sampling from teachers and students by batches, with counter-based noise, and grids of images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdistill.diffusion import EDM, Noise, few_step, heun, karras_sigmas
+from fastdistill.models import Denoiser
+
+EVALUATION_STEP = 2**32 - 1
+"""The step of noise that no training step uses."""
+
+
+@torch.no_grad()
+def sample_student(
+    student: Denoiser,
+    times: Sequence[float],
+    labels: Tensor | None,
+    count: int,
+    shape: Sequence[int],
+    noise: Noise,
+    batch: int = 1000,
+) -> Tensor:
+    """One- or few-step samples of a student  # [count, *shape]
+
+    Args:
+        student: the student.
+        times: its times from the noisiest on.
+        labels: class of each sample [count], or None.
+        count: number of samples.
+        shape: shape of one sample.
+        noise: source of randomness at the wanted step; samples are drawn by their index.
+        batch: samples of one forward.
+    """
+    device = next(student.parameters()).device
+    batches = []
+    for index in torch.arange(count, device=device).split(batch):
+        condition = None if labels is None else labels[index]
+
+        def denoise(x_t: Tensor, t: Tensor, condition: Tensor | None = condition) -> Tensor:
+            return student(x_t, t, condition)
+
+        batches.append(few_step(denoise, student.process, times, noise, index, shape))
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: Denoiser,
+    steps: int,
+    labels: Tensor | None,
+    count: int,
+    shape: Sequence[int],
+    noise: Noise,
+    batch: int = 1000,
+) -> Tensor:
+    """Samples of a teacher by Heun's method, 2 ``steps`` - 1 evaluations; see `sample_student`."""
+    device = next(teacher.parameters()).device
+    process = teacher.process
+    levels = process if isinstance(process, EDM) else EDM()
+    sigmas = karras_sigmas(steps, levels.sigma_min, levels.sigma_max, levels.rho)
+    batches = []
+    for index in torch.arange(count, device=device).split(batch):
+        condition = None if labels is None else labels[index]
+
+        def denoise(x_t: Tensor, t: Tensor, condition: Tensor | None = condition) -> Tensor:
+            return teacher(x_t, t, condition)
+
+        start = noise.normal("latents", index, shape)
+        batches.append(heun(denoise, start, process, sigmas))
+    return torch.cat(batches)
+
+
+def balanced_labels(classes: int, count: int, device: torch.device) -> Tensor | None:
+    """Labels 0 ... classes - 1 in turn, int64 [count]; None without classes."""
+    return torch.arange(count, device=device) % classes if classes else None
+
+
+def seconds_per_thousand(sample: Tensor, seconds: float) -> float:
+    """Seconds that a thousand images take at the rate of ``sample``."""
+    return 1000 * seconds / len(sample)
+
+
+class Stopwatch:
+    """Seconds of a block, with the device waited for at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._wait()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def save_grid(path: Path, columns: Sequence[tuple[str, Tensor]], rows: int, per_row: int) -> None:
+    """Draw sets of images [n, C, H, W] in [-1, 1] side by side, each under its title."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.42 * per_row * len(columns) + 0.3, 0.42 * rows + 0.7), dpi=110)
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axis, (title, images) in zip(axes, columns, strict=True):
+        axis.imshow(_tile(images[: rows * per_row].float().cpu(), per_row), cmap="gray_r")
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _tile(images: Tensor, per_row: int) -> Tensor:
+    """One picture from images [n, C, H, W] in [-1, 1], a pixel apart  # [H', W'] or [H', W', 3]"""
+    padded = torch.nn.functional.pad((images.clamp(-1, 1) + 1) / 2, (1, 1, 1, 1))
+    missing = -len(padded) % per_row
+    padded = torch.cat((padded, padded.new_zeros(missing, *padded.shape[1:])))
+    grid = padded.unflatten(0, (-1, per_row)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return grid[0] if len(grid) == 1 else grid.permute(1, 2, 0)

@@ -1,0 +1,5 @@
+"""Denoisers and the networks that ship with the package."""
+
+from fastdistill.models.denoiser import Condition, Denoiser, Level, Network
+
+__all__ = ["Condition", "Denoiser", "Level", "Network"]

@@ -1,0 +1,104 @@
+"""`DigitsNetwork`: a class-conditional residual MLP for 8x8 images, small enough for two cores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdistill.models.denoiser import Condition
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.modulation = nn.Linear(embedding, width)
+        self.outer = nn.Linear(width, width)
+        with torch.no_grad():
+            self.outer.weight.mul_(0.3)
+            self.outer.bias.zero_()
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        inner = self.inner(self.norm(hidden)) + self.modulation(embedding)
+        return hidden + self.outer(F.silu(inner))
+
+
+class DigitsNetwork(nn.Module):
+    """Residual MLP over flattened pixels, told its noise level and its class.
+
+    Args:
+        shape: shape of one image.
+        classes: number of classes; 0 makes it unconditional. Label ``classes`` is the null class.
+        width: width of the hidden layers.
+        blocks: number of residual blocks.
+        embedding: width of the embedding of noise level and class.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...] = (1, 8, 8),
+        classes: int = 10,
+        width: int = 256,
+        blocks: int = 3,
+        embedding: int = 64,
+    ) -> None:
+        super().__init__()
+        pixels, frequencies = math.prod(shape), 16
+        self.shape, self.width = shape, width
+        scale = torch.linspace(math.log(0.5), math.log(16.0), frequencies).exp()
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", scale, persistent=False)
+        self.classes = nn.Embedding(classes + 1, embedding) if classes else None
+        self.level = nn.Sequential(nn.Linear(2 * frequencies, embedding), nn.SiLU())
+        self.mix = nn.Linear(embedding, embedding)
+        self.enter = nn.Linear(pixels, width)
+        self.blocks = nn.ModuleList(_Block(width, embedding) for _ in range(blocks))
+        output = nn.Linear(width, pixels)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.leave = nn.Sequential(nn.LayerNorm(width), output)
+
+    @property
+    def feature_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what `features` returns, for one sample."""
+        return [(self.width,)] * len(self.blocks)
+
+    def forward(self, model_input: Tensor, noise_condition: Tensor, condition: Condition) -> Tensor:
+        """Raw output of the shape of ``model_input`` [B, C, H, W]; condition: labels int64 [B]."""
+        return self._finish(self._hidden(model_input, noise_condition, condition)[-1])
+
+    def features(
+        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+    ) -> list[Tensor]:
+        """Hidden state after each block  # [[B, width], ...]"""
+        return self._hidden(model_input, noise_condition, condition)
+
+    def forward_with_features(
+        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Raw output without a graph, and the features, from one pass."""
+        hidden = self._hidden(model_input, noise_condition, condition)
+        with torch.no_grad():
+            return self._finish(hidden[-1]), hidden
+
+    def _hidden(
+        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+    ) -> list[Tensor]:
+        phase = noise_condition[:, None] * self.frequencies
+        embedding = self.level(torch.cat((phase.cos(), phase.sin()), dim=1).to(model_input.dtype))
+        if self.classes is not None:
+            embedding = embedding + self.classes(condition)
+        embedding = F.silu(self.mix(embedding))
+        hidden = self.enter(model_input.flatten(1))
+        states = []
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+            states.append(hidden)
+        return states
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        return self.leave(hidden).unflatten(1, self.shape)

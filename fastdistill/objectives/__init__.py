@@ -1,0 +1,21 @@
+"""Distillation objectives; each is one file that names its tail op, its critic and its weights."""
+
+from fastdistill.objectives.base import Batch, Objective, Update
+from fastdistill.objectives.denoising import Denoising
+from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
+from fastdistill.objectives.distribution_matching import DistributionMatching, MatchingSettings
+from fastdistill.objectives.divergences import Divergence, divergence_names, get_divergence
+
+__all__ = [
+    "Batch",
+    "Denoising",
+    "Discriminator",
+    "DistributionMatching",
+    "Divergence",
+    "MatchingSettings",
+    "Objective",
+    "Update",
+    "divergence_names",
+    "get_divergence",
+    "logistic_cotangent",
+]

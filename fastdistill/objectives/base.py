@@ -1,0 +1,85 @@
+"""What the trainer and an objective say to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.diffusion import Noise
+from fastdistill.models import Condition, Denoiser
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One micro-batch of an update."""
+
+    index: Tensor
+    """Global index of each sample within this update, int64 [B]: what noise is drawn by."""
+    noise: Noise
+    """Source of randomness, at this update's step."""
+    scale: float
+    """Factor that makes per-sample losses the update's mean: 1 / (B * micro-batches * ranks)."""
+    shape: tuple[int, ...]
+    """Shape of one sample."""
+    real: Tensor | None = None
+    """Real samples [B, ...], for objectives that need data."""
+    condition: Condition = None
+    """What each sample is conditioned on."""
+    uncondition: Condition = None
+    """The empty or negative condition of classifier-free guidance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What one micro-batch sends into the networks, and what it has to report."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    """(tensor, cotangent) pairs for torch.autograd.backward."""
+    metrics: dict[str, Tensor]
+    """Values for the log, on the device: scalars, or one a sample [B]."""
+    noise_bin: Tensor | None = None
+    """Noise-level bin of each sample, for metrics that are also reported by level  # [B]"""
+    by_level: tuple[str, ...] = ()
+    """Names of the metrics reported by noise level."""
+
+    def backward(self, inputs: list[Tensor]) -> None:
+        """Accumulate gradients into ``inputs`` and nowhere else."""
+        tensors, cotangents = zip(*self.pairs, strict=True)
+        torch.autograd.backward(tensors, cotangents, inputs=inputs)
+
+
+class Objective(nn.Module):
+    """A distillation method: what is generated, and the cotangents of each update.
+
+    An objective is a module so that its networks and its small state (as the history of density
+    ratios) are saved by name. The frozen teacher is not registered: it is no state of a run.
+    Subclasses implement the three methods; the trainer owns everything else.
+    """
+
+    student: Denoiser
+    has_critic: bool = True
+    """Whether `critic_update` exists; without, every update is the student's."""
+    needs_data: bool = False
+    """Whether batches must carry real samples."""
+    noise_bins: int = 10
+    """Number of log-SNR bins that metrics by noise level are reported in."""
+    log_snr_range: tuple[float, float] = (-10.0, 10.0)
+    """Lower edge of the first and upper edge of the last bin."""
+
+    def generate(self, batch: Batch) -> Tensor:
+        """Samples of the student, with a graph where gradients are enabled  # [B, ...]"""
+        raise NotImplementedError
+
+    def student_update(self, batch: Batch, sample: Tensor) -> Update:
+        """Cotangents of the student's update from its samples (with a graph)."""
+        raise NotImplementedError
+
+    def critic_update(self, batch: Batch, sample: Tensor) -> Update:
+        """Cotangents of the critic's update (and the discriminator's) from detached samples."""
+        raise NotImplementedError
+
+    def critic_modules(self) -> dict[str, nn.Module]:
+        """Networks that `critic_update` trains, by role."""
+        return {}

@@ -1,0 +1,89 @@
+"""`Denoising`: trains a denoiser on data, as a recipe's own teacher (EDM's loss by default)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fastdistill.diffusion import Parametrisation, TimestepLaw, loss_weight
+from fastdistill.models import Denoiser
+from fastdistill.objectives.base import Batch, Objective, Update
+from fastdistill.ops import denoising_cotangent, log_snr_bin, renoise
+
+
+def denoising_update(
+    denoiser: Denoiser,
+    batch: Batch,
+    sample: Tensor,
+    law: TimestepLaw,
+    loss_space: Parametrisation,
+    stream: str,
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """One weighted denoising loss of ``denoiser`` on clean samples [B, ...].
+
+    Returns:
+        The (raw output, cotangent) pair, the loss of each sample [B], and t [B].
+    """
+    t = law.sample(denoiser.process, batch.noise, f"{stream}-t", batch.index)
+    level = denoiser.level(t)
+    x_t, model_input = renoise(
+        sample,
+        level.alpha,
+        level.sigma,
+        batch.noise.key(f"{stream}-noise"),
+        batch.index,
+        level.input_scale,
+        denoiser.input_dtype,
+    )
+    prediction = denoiser.network(model_input, level.noise_condition, batch.condition)
+    weight = loss_weight(loss_space, level.alpha, level.sigma)
+    cotangent, loss = denoising_cotangent(
+        prediction.detach(), sample, x_t, level.coefficients, weight, batch.scale
+    )
+    return (prediction, cotangent), loss, t
+
+
+class Denoising(Objective):
+    """Denoising score matching of one network, ``student``, on real data.
+
+    Args:
+        student: the denoiser that is trained.
+        law: law of the training times.
+        loss_space: space of the squared error; the network's own makes its target unit-weighted.
+        condition_dropout: share of the samples that see the null condition, for guidance.
+    """
+
+    has_critic = False
+    needs_data = True
+
+    def __init__(
+        self,
+        student: Denoiser,
+        law: TimestepLaw,
+        loss_space: Parametrisation | None = None,
+        condition_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.law = law
+        self.loss_space = loss_space or student.parametrisation
+        self.condition_dropout = condition_dropout
+
+    def generate(self, batch: Batch) -> Tensor:
+        assert batch.real is not None
+        return batch.real
+
+    def student_update(self, batch: Batch, sample: Tensor) -> Update:
+        if self.condition_dropout > 0:
+            dropped = batch.noise.uniform("condition-dropout", batch.index) < self.condition_dropout
+            batch = dataclasses.replace(
+                batch, condition=torch.where(dropped, batch.uncondition, batch.condition)
+            )
+        pair, loss, t = denoising_update(
+            self.student, batch, sample, self.law, self.loss_space, "denoising"
+        )
+        alpha, sigma = self.student.process.alpha_sigma(t)
+        bins = log_snr_bin(alpha, sigma, self.noise_bins, *self.log_snr_range)
+        return Update([pair], {"loss": loss}, bins, ("loss",))

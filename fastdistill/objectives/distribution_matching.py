@@ -1,0 +1,340 @@
+"""`DistributionMatching`: Diff-Instruct, DMD2 and f-distill are settings of this one objective.
+
+The student x = G(z) receives, at a noise level t of a law and x_t = alpha x + sigma eps,
+
+    g = h(r) (D_psi(x_t) - D_phi(x_t)) / (mean |x - D_phi| + 1e-6)      METHODS 1(c), 3(c), 4(c)
+
+with D_phi the guided teacher, D_psi the critic, which is trained by denoising score matching on
+the student's samples, and r = p_t / q_t from a discriminator on features at the same x_t.
+
+    Diff-Instruct   reverse_kl, normalise=False, no discriminator       arXiv 2305.18455
+    DMD2            reverse_kl, discriminator with gan_weight > 0       arXiv 2405.14867
+    f-distill       any divergence; all but reverse_kl need the discriminator   arXiv 2502.15681
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastdistill.diffusion import Parametrisation, TimestepLaw, starting_point
+from fastdistill.models import Condition, Denoiser, Level
+from fastdistill.objectives.base import Batch, Objective, Update
+from fastdistill.objectives.denoising import denoising_update
+from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
+from fastdistill.objectives.divergences import Divergence, get_divergence
+from fastdistill.ops import density_ratio_weight, log_snr_bin, matching_cotangent, renoise
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchingSettings:
+    """Numbers of the method; the defaults are DMD2's without its GAN."""
+
+    divergence: Divergence = dataclasses.field(default_factory=lambda: get_divergence("reverse_kl"))
+    normalise: bool = True
+    """Divide by DMD's mean |x - D_phi|."""
+    guidance_scale: float = 1.0
+    gan_weight: float = 0.0
+    """Weight of softplus(-logit) in the student's loss, in the mean-reduction convention."""
+    gan_features: Literal["teacher", "critic"] = "teacher"
+    """Whose features the discriminator reads; DMD2 uses (and trains) the critic's."""
+    gan_critic_weight: float = 1.0
+    """Weight of the discriminator's loss in the critic's update (DMD2: 0.01)."""
+    ratio_decay: float = 0.9
+    ratio_prior: float = 1.0
+    logit_clamp: float = 10.0
+    ratio_min: float = 0.1
+    ratio_max: float = 20.0
+
+
+class DistributionMatching(Objective):
+    """One- or few-step distillation by pathwise score differences.
+
+    Args:
+        student: generator, a denoiser called at ``student_times``.
+        teacher: frozen denoiser of the data distribution.
+        critic: denoiser of the student's distribution, usually a copy of the teacher.
+        student_times: the student's times from the noisiest on, in the process' clock; one makes a
+            one-step generator, more are trained by backward simulation (METHODS 4).
+        matching_law: law of the times at which scores are compared.
+        critic_law: law of the critic's training times.
+        critic_loss_space: space of the critic's squared error; its own parametrisation if None.
+        discriminator: needed for a GAN term and for every divergence but reverse KL.
+        settings: numbers of the method.
+
+    Raises:
+        ValueError: for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        critic: Denoiser,
+        student_times: Sequence[float],
+        matching_law: TimestepLaw,
+        critic_law: TimestepLaw,
+        critic_loss_space: Parametrisation | None = None,
+        discriminator: Discriminator | None = None,
+        settings: MatchingSettings | None = None,
+    ) -> None:
+        super().__init__()
+        settings = settings or MatchingSettings()
+        needs_discriminator = settings.gan_weight > 0 or settings.divergence.needs_ratio
+        if needs_discriminator and discriminator is None:
+            raise ValueError(
+                f"divergence {settings.divergence.name} with gan_weight {settings.gan_weight} "
+                "needs a discriminator"
+            )
+        if not needs_discriminator and discriminator is not None:
+            raise ValueError(
+                "a discriminator is given, but reverse_kl with gan_weight 0 uses none; drop it, "
+                "or choose another divergence or a GAN weight"
+            )
+        if critic.process != teacher.process or student.process != teacher.process:
+            raise ValueError("student, teacher and critic must share one forward process")
+        if not student_times:
+            raise ValueError("student_times is empty; expected at least one time")
+        self.student, self.critic = student, critic
+        self.discriminator = discriminator
+        self.student_times = list(student_times)
+        self.matching_law, self.critic_law = matching_law, critic_law
+        self.critic_loss_space = critic_loss_space or critic.parametrisation
+        self.settings = settings
+        self.needs_data = discriminator is not None
+        self._frozen = (teacher.requires_grad_(False).eval(),)  # a tuple: not a registered module
+        self.ratio_history: Tensor
+        if settings.divergence.needs_ratio:
+            self.register_buffer("ratio_history", torch.zeros(self.noise_bins, 2))
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The frozen teacher."""
+        return self._frozen[0]
+
+    def critic_modules(self) -> dict[str, nn.Module]:
+        roles: dict[str, nn.Module] = {"critic": self.critic}
+        if self.discriminator is not None:
+            roles["discriminator"] = self.discriminator
+        return roles
+
+    def generate(self, batch: Batch) -> Tensor:
+        """The student's sample; with several times, at a step drawn for the whole batch.
+
+        Backward simulation: the earlier steps run as at inference, without a graph, so that the
+        student is trained on the inputs that it will see.
+        """
+        steps = len(self.student_times)
+        last = batch.noise.choice("backward-simulation", steps) if steps > 1 else 0
+        process = self.student.process
+        t = torch.full(batch.index.shape, self.student_times[0], device=batch.index.device)
+        x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
+        for k in range(1, last + 1):
+            with torch.no_grad():
+                x0 = self.student(x_t, t, batch.condition)
+            t = torch.full_like(t, self.student_times[k])
+            x_t = renoise(
+                x0, *process.alpha_sigma(t), batch.noise.key(f"renoise-{k}"), batch.index
+            ).x_t
+        return self.student(x_t, t, batch.condition)
+
+    def student_update(self, batch: Batch, sample: Tensor) -> Update:
+        settings = self.settings
+        t = self.matching_law.sample(self.teacher.process, batch.noise, "matching-t", batch.index)
+        level = self.teacher.level(t)
+        key = batch.noise.key("matching-noise")
+        # Only the GAN term looks at x_t as a function of the sample; the rest is a constant to it.
+        source = sample if settings.gan_weight > 0 else sample.detach()
+        noised = renoise(
+            source,
+            level.alpha,
+            level.sigma,
+            key,
+            batch.index,
+            level.input_scale,
+            self.teacher.input_dtype,
+        )
+        raw_teacher, raw_uncond, raw_critic, logits = self._evaluate(
+            level, noised.x_t, noised.model_input, batch
+        )
+        bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
+        weight, metrics = self._weight(logits, bins)
+        critic_level = self.critic.level(t)
+        matched = matching_cotangent(
+            sample.detach(),
+            noised.x_t.detach(),
+            raw_teacher,
+            level.coefficients,
+            raw_critic,
+            critic_level.coefficients,
+            teacher_uncond=raw_uncond,
+            guidance_scale=settings.guidance_scale,
+            weight=weight,
+            normalise=settings.normalise,
+            scale=batch.scale,
+        )
+        pairs = [(sample, matched.cotangent)]
+        if settings.gan_weight > 0:
+            assert logits is not None
+            gan = logistic_cotangent(logits, real=True, scale=settings.gan_weight * batch.scale)
+            pairs.append((logits, gan.cotangent))
+            metrics["gan_loss"] = gan.loss
+        metrics |= {
+            "loss": matched.loss,
+            "residual": matched.residual,
+            "score_gap": matched.squared_gap,
+            "nonfinite": matched.nonfinite,
+        }
+        return Update(
+            pairs, metrics, bins, ("score_gap", "residual", *(["ratio"] * (weight is not None)))
+        )
+
+    def critic_update(self, batch: Batch, sample: Tensor) -> Update:
+        pair, loss, _ = denoising_update(
+            self.critic, batch, sample, self.critic_law, self.critic_loss_space, "critic"
+        )
+        update = Update([pair], {"loss": loss})
+        return update if self.discriminator is None else self._discriminate(batch, sample, update)
+
+    def _evaluate(
+        self, level: Level, x_t: Tensor, model_input: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Raw outputs of teacher (with and without the condition) and critic, and the logits.
+
+        The pass that yields the discriminator's features also yields its network's raw output, and
+        keeps a graph up to the features only where the GAN term needs one.
+        """
+        settings, source = self.settings, self.settings.gan_features
+        raw: dict[str, Tensor] = {}
+        logits = None
+        inputs = {"teacher": model_input, "critic": self._critic_input(level, x_t, model_input)}
+        if self.discriminator is not None:
+            owner = self.teacher if source == "teacher" else self.critic
+            with torch.set_grad_enabled(settings.gan_weight > 0):
+                raw[source], features = owner.network.forward_with_features(
+                    inputs[source], owner.level(level.t).noise_condition, batch.condition
+                )
+                logits = self.discriminator(features)
+        uncond = None
+        with torch.no_grad():
+            if settings.guidance_scale != 1.0:
+                raw_teacher, uncond = self._guided(level, model_input, batch, raw.get("teacher"))
+                raw["teacher"] = raw_teacher
+            for role, denoiser in (("teacher", self.teacher), ("critic", self.critic)):
+                if role not in raw:
+                    condition = denoiser.level(level.t).noise_condition
+                    raw[role] = denoiser.network(inputs[role], condition, batch.condition)
+        return raw["teacher"], uncond, raw["critic"], logits
+
+    def _guided(
+        self, level: Level, model_input: Tensor, batch: Batch, conditional: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher with and without the condition, in one forward where both are still to do."""
+        network = self.teacher.network
+        if conditional is not None:
+            return conditional, network(model_input, level.noise_condition, batch.uncondition)
+        both = network(
+            torch.cat((model_input, model_input)),
+            torch.cat((level.noise_condition, level.noise_condition)),
+            concatenate_conditions(batch.condition, batch.uncondition),
+        )
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
+
+    def _critic_input(self, level: Level, x_t: Tensor, model_input: Tensor) -> Tensor:
+        """The critic's network input, which is the teacher's where they are of one kind."""
+        same = self.critic.parametrisation == self.teacher.parametrisation
+        if same and self.critic.input_dtype == self.teacher.input_dtype:
+            return model_input
+        scale = self.critic.level(level.t).input_scale
+        if scale is not None:
+            x_t = scale.reshape(-1, *[1] * (x_t.ndim - 1)) * x_t
+        return x_t.to(self.critic.input_dtype or x_t.dtype)
+
+    def _weight(
+        self, logits: Tensor | None, bins: Tensor
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """h(r) of each sample, and what there is to report of it."""
+        divergence, settings = self.settings.divergence, self.settings
+        if not divergence.needs_ratio:
+            return None, {}
+        assert logits is not None
+        result = density_ratio_weight(
+            logits,
+            bins,
+            self.ratio_history,
+            power=divergence.power,
+            c0=divergence.c0,
+            c1=divergence.c1,
+            exponent=divergence.exponent,
+            decay=settings.ratio_decay,
+            prior=settings.ratio_prior,
+            logit_clamp=settings.logit_clamp,
+            ratio_min=settings.ratio_min,
+            ratio_max=settings.ratio_max,
+        )
+        self.ratio_history.copy_(result.history)
+        # Kish's effective sample size of weights with mean one, as a share of the batch.
+        effective = 1 / result.weight.square().mean()
+        return result.weight, {"ratio": result.ratio, "effective_sample_size": effective}
+
+    def _discriminate(self, batch: Batch, sample: Tensor, update: Update) -> Update:
+        """Add the discriminator's loss on real and generated samples, in one pass of 2 B."""
+        assert self.discriminator is not None
+        assert batch.real is not None
+        settings = self.settings
+        owner = self.teacher if settings.gan_features == "teacher" else self.critic
+        t = self.matching_law.sample(owner.process, batch.noise, "discriminator-t", batch.index)
+        level = owner.level(torch.cat((t, t)))
+        # Both halves share noise and level, so that the logit sees only what tells them apart.
+        noised = renoise(
+            torch.cat((sample, batch.real)),
+            level.alpha,
+            level.sigma,
+            batch.noise.key("discriminator-noise"),
+            torch.cat((batch.index, batch.index)),
+            level.input_scale,
+            owner.input_dtype,
+        )
+        condition = concatenate_conditions(batch.condition, batch.condition)
+        with torch.set_grad_enabled(settings.gan_features == "critic"):
+            features = owner.network.features(noised.model_input, level.noise_condition, condition)
+        logits = self.discriminator(features)
+        fake_logits, real_logits = logits.chunk(2)
+        scale = settings.gan_critic_weight * batch.scale
+        fake = logistic_cotangent(fake_logits, real=False, scale=scale)
+        real = logistic_cotangent(real_logits, real=True, scale=scale)
+        correct = (fake_logits.mean(1) < 0).float() + (real_logits.mean(1) > 0).float()
+        bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
+        metrics = update.metrics | {
+            "discriminator_loss": fake.loss + real.loss,
+            "discriminator_accuracy": correct / 2,
+        }
+        pair = (logits, torch.cat((fake.cotangent, real.cotangent)))
+        by_level = ("discriminator_accuracy",)
+        return Update([*update.pairs, pair], metrics, bins[: len(t)], by_level)
+
+
+def concatenate_conditions(first: Condition, second: Condition) -> Condition:
+    """Two conditions of one structure as one of twice the batch; None stays None.
+
+    Raises:
+        ValueError: where their structures differ.
+    """
+    leaves, spec = pytree.tree_flatten(first)
+    others, other_spec = pytree.tree_flatten(second)
+    if spec != other_spec:
+        raise ValueError(
+            f"condition and uncondition differ in structure: {spec} and {other_spec}; guidance "
+            "needs an unconditional version of every part of the condition"
+        )
+    joined = [
+        None if leaf is None else torch.cat((leaf, other))
+        for leaf, other in zip(leaves, others, strict=True)
+    ]
+    return pytree.tree_unflatten(joined, spec)
