@@ -46,7 +46,7 @@ class Op:
         self.name = name
         self.reference = reference
         self._kernel = kernel
-        self._replicated = replicated
+        self.replicated = replicated
         self._batch_outputs = batch_outputs
         self._launchers: dict[str, Callable[..., Any]] = {"reference": reference}
         self._dtensor_ready = False
@@ -116,7 +116,7 @@ class Op:
             tensors = [hasattr(value, "tensor_meta") for value in args]
 
             def placed(placement: Any) -> tuple[list[Any], list[Any]]:
-                kept = self._replicated or ()
+                kept = self.replicated or ()
                 inputs = [
                     (Replicate() if index in kept else placement) if is_tensor else None
                     for index, is_tensor in enumerate(tensors)
@@ -124,4 +124,4 @@ class Op:
                 return [placement] * self._batch_outputs, inputs
 
             whole = placed(Replicate())
-            return [whole] if self._replicated is None else [whole, placed(Shard(0))]
+            return [whole] if self.replicated is None else [whole, placed(Shard(0))]

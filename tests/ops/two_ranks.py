@@ -1,0 +1,53 @@
+"""Two gloo processes: every op on a DTensor sharded over the batch gives one process' numbers."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def check(rank: int, store: str) -> None:
+    from test_registration import arguments
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from fastdistill.ops import density_ratio_weight
+    from fastdistill.ops.density_ratio import _density_ratio_weight
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for op, args in arguments(batch=4).items():
+        kept = range(len(args)) if op is _density_ratio_weight else op.replicated
+        placed = [
+            distribute_tensor(value, mesh, [Replicate() if k in kept else Shard(0)])
+            if isinstance(value, torch.Tensor)
+            else value
+            for k, value in enumerate(args)
+        ]
+        single, sharded = op(*args), op(*placed)
+        single = single if isinstance(single, tuple) else (single,)
+        sharded = sharded if isinstance(sharded, tuple) else (sharded,)
+        for mine, whole in zip(sharded, single, strict=True):
+            assert torch.equal(mine.full_tensor(), whole), op.name
+
+    generator = torch.Generator().manual_seed(3)
+    logits, bins = torch.randn(8, 2, generator=generator), torch.arange(8) % 3
+    mine = slice(4 * rank, 4 * rank + 4)
+    history = torch.zeros(3, 2)
+    whole = density_ratio_weight(logits, bins, history, power=1.0)
+    part = density_ratio_weight(logits[mine], bins[mine], history, power=1.0, group=dist.group.WORLD)
+    assert torch.equal(part.weight, whole.weight[mine])
+    assert torch.equal(part.history, whole.history)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(check, args=(f"{folder}/store",), nprocs=2)
