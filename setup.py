@@ -20,8 +20,9 @@ FLAGS = [
 
 
 def without_kernels(reason: str) -> None:
-    """Say once why the C++ kernels are missing from this installation."""
-    print(f"fastdistill: installing without the C++ kernels: {reason}", file=sys.stderr)
+    """Say once why the C++ kernels are missing; pip runs this file for the metadata too."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(f"fastdistill: installing without the C++ kernels: {reason}", file=sys.stderr)
 
 
 def extension() -> dict[str, Any]:
@@ -43,7 +44,7 @@ def extension() -> dict[str, Any]:
                 super().build_extensions()
             except Exception as error:
                 without_kernels(f"the build failed ({error})")
-                self.extensions = []
+                self.extensions: list[Any] = []
 
     sources = sorted(Path("csrc").rglob("*.cpp"))
     headers = sorted([*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.inl")])
@@ -53,7 +54,7 @@ def extension() -> dict[str, Any]:
         [str(path) for path in sources],
         depends=[str(path) for path in headers],
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("Py_LIMITED_API", "0x030a0000")],
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
         extra_compile_args=FLAGS,
         py_limited_api=True,
     )

@@ -45,17 +45,14 @@ class InMemoryData:
                 f"labels have shape {tuple(labels.shape)}; expected ({len(samples)},), one a sample"
             )
         self.samples, self.labels = samples, labels
+        self.classes = 0 if labels is None else int(labels.max()) + 1
+        """Number of classes; 0 without labels."""
         self._orders: dict[int, Tensor] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return tuple(self.samples.shape[1:])
-
-    @property
-    def classes(self) -> int:
-        """Number of classes; 0 without labels."""
-        return 0 if self.labels is None else int(self.labels.max()) + 1
 
     def to(self, device: torch.device) -> InMemoryData:
         """The same data on another device."""

@@ -1,4 +1,7 @@
-"""Every test sees NaN in uninitialised memory, two threads, and Triton's interpreter.
+"""Every test sees NaN in uninitialised memory, one thread, and Triton's interpreter.
+
+One thread, and threads that sleep while they wait, since a busy machine with two cores crawls where
+two threads spin for each other; tests of threading ask for two themselves.
 
 The interpreter is chosen when `@triton.jit` runs, so the variable is set before any kernel is
 imported; `tests/kernels/test_ahead_of_time.py` compiles in processes of its own.
@@ -9,12 +12,13 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # Besides choosing deterministic algorithms this fills what torch.empty and its kin return with NaN,
 # in C++ too, so that an output that a kernel leaves unwritten shows.
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -50,8 +50,7 @@ def commit_folder(
     try:
         partial.mkdir()
         for name, group in tensors.items():
-            contiguous = {key: value.detach().contiguous() for key, value in group.items()}
-            _save_tensors(contiguous, partial / f"{name}.safetensors")
+            _save_tensors(_separate(group), partial / f"{name}.safetensors")
         for name, document in documents.items():
             (partial / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
         entries = {file.name: _describe(file) for file in sorted(partial.iterdir())}
@@ -162,6 +161,18 @@ class CheckpointStore:
             if match and match[1] in self.stages and path.is_dir():
                 found.append(Checkpoint(path, match[1], int(match[2])))
         return sorted(found, key=lambda entry: (self.stages.index(entry.stage), entry.step))
+
+
+def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no storage, which safetensors refuses: tied weights, views."""
+    seen: set[int] = set()
+    separate = {}
+    for key, value in group.items():
+        value = value.detach().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        separate[key] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return separate
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

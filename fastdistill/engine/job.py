@@ -74,9 +74,10 @@ class Job:
                 f"{folder} is not empty; choose another --output, or continue the run in it with "
                 f"`fastdistill resume {folder}`"
             )
+        job = cls(folder, recipe, say)  # a recipe that cannot run here leaves nothing behind
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        return cls(folder, recipe, say)
+        return job
 
     @classmethod
     def open(cls, folder: Path, say: Callable[[str], None] = print) -> Job:

@@ -159,8 +159,7 @@ def _isolated() -> Iterator[None]:
     with (
         one_thread(),
         torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False),  # gradients on, under no_grad too
         torch.autocast("cpu", enabled=False),
     ):
         yield

@@ -24,6 +24,11 @@ def per_sample(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def elements_per_sample(value: Tensor) -> int:
+    """Number of elements of one sample of [B, ...], also of an empty batch."""
+    return value.shape[1:].numel()
+
+
 def mean_over_sample(value: Tensor) -> Tensor:
     """Mean over all dimensions but the batch  # [B, ...] -> [B]"""
     return value.flatten(1).mean(dim=1)
@@ -36,6 +41,12 @@ def check_sample(name: str, value: Tensor) -> None:
             f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected a batch [B, ...] in "
             "float32, bfloat16, float16 or float64"
         )
+
+
+def check_scale(scale: float) -> None:
+    """Raise ValueError unless the cotangent's factor is positive."""
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; expected a positive number, as 1 / B")
 
 
 def check_like(reference: Tensor, **tensors: Tensor | None) -> None:

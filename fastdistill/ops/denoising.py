@@ -25,6 +25,8 @@ from fastdistill.ops._arguments import (
     check_batch,
     check_like,
     check_sample,
+    check_scale,
+    elements_per_sample,
     mean_over_sample,
     per_sample,
 )
@@ -54,7 +56,7 @@ def _reference(
     denoised = per_sample(a, x0, compute) * x_t.to(compute) + b * prediction.to(compute)
     residual = denoised - x0.to(compute)
     loss = mean_over_sample(residual.square())
-    cotangent = (2 * scale / x0[0].numel()) * b * residual
+    cotangent = (2 * scale / elements_per_sample(x0)) * b * residual
     if weight is not None:
         loss = weight.to(compute) * loss
         cotangent = per_sample(weight, x0, compute) * cotangent
@@ -128,6 +130,7 @@ def denoising_cotangent(
     """
     check_sample("prediction", prediction)
     check_like(prediction, x0=x0, x_t=x_t)
+    check_scale(scale)
     check_batch(prediction, a=coefficients.a, b=coefficients.b, weight=weight)
     return DenoisingCotangent(
         *_denoising_cotangent(

@@ -34,6 +34,8 @@ from fastdistill.ops._arguments import (
     check_batch,
     check_like,
     check_sample,
+    check_scale,
+    elements_per_sample,
     mean_over_sample,
     per_sample,
 )
@@ -99,7 +101,7 @@ def _reference(
     squared_gap = mean_over_sample(torch.where(finite, gap, 0).square())
     nonfinite = (~finite).flatten(1).sum(dim=1).to(compute)
     statistics = torch.stack((loss, residual, squared_gap, nonfinite), dim=1)
-    return (g * (scale / x0[0].numel())).to(dtype), statistics
+    return (g * (scale / elements_per_sample(x0))).to(dtype), statistics
 
 
 def _fake(x0: Tensor, *args: object) -> tuple[Tensor, Tensor]:
@@ -200,6 +202,7 @@ def matching_cotangent(
         critic_b=critic_coefficients.b,
         weight=weight,
     )
+    check_scale(scale)
     if teacher_uncond is None and guidance_scale != 1.0:
         raise ValueError(f"guidance_scale is {guidance_scale}, which needs teacher_uncond")
     if critic_uncond is None and esd_lambda != 0.0:

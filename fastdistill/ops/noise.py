@@ -142,6 +142,8 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers strictly inside (0, 1), bitwise the same on every backend.
 
+    In bfloat16 and float16 the nearest number to the largest of them is 1.
+
     Arguments, result and errors are those of `normal`.
     """
     check_key(key, sample)

@@ -9,13 +9,13 @@ import torch
 
 from fastdistill.diffusion import (
     EDM,
-    V,
     VP,
     X0,
     EDMPreconditioning,
     Epsilon,
     Flow,
     RectifiedFlow,
+    V,
     convert,
     loss_weight,
 )

@@ -13,7 +13,11 @@ PROCESSES = [EDM(), VP.dit(), VP.stable_diffusion(), RectifiedFlow(), RectifiedF
 
 # METHODS appendix B: index, alpha, sigma.
 CONSTANTS = {
-    VP.stable_diffusion(): [(0, 0.999575, 0.029155), (399, 0.652753, 0.757571), (999, 0.068265, None)],
+    VP.stable_diffusion(): [
+        (0, 0.999575, 0.029155),
+        (399, 0.652753, 0.757571),
+        (999, 0.068265, None),
+    ],
     VP.dit(): [(0, 0.999950, 0.01), (399, 0.441754, 0.897136), (999, 0.006353, None)],
 }
 
@@ -51,7 +55,9 @@ def test_shift_equals_diffusers_flow_match_scheduler():
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     position = torch.arange(1000, 0, -1) / 1000
-    torch.testing.assert_close(RectifiedFlow(3.0).time_of_position(position), scheduler.sigmas[:1000])
+    torch.testing.assert_close(
+        RectifiedFlow(3.0).time_of_position(position), scheduler.sigmas[:1000]
+    )
 
 
 def test_dynamic_shift_has_flux_values():

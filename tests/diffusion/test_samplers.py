@@ -38,7 +38,9 @@ def exact(start, sigma_max):
     return MEAN + gain * (start * sigma_max - MEAN)
 
 
-@pytest.mark.parametrize("process", [EDM(), VP.dit(), RectifiedFlow()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [EDM(), VP.dit(), RectifiedFlow()], ids=lambda p: type(p).__name__
+)
 def test_heun_converges_to_the_closed_form_at_second_order(process):
     noise = torch.linspace(-2, 2, 7, dtype=torch.float64)[:, None]
     errors = []
@@ -47,7 +49,8 @@ def test_heun_converges_to_the_closed_form_at_second_order(process):
         found = heun(denoise, noise, process, karras_sigmas(steps))
         assert denoise.calls == 2 * steps - 1
         errors.append(float((found - exact(noise, 80.0)).abs().max()))
-    assert errors[1] < errors[0] / 3 and errors[2] < 2e-3
+    assert errors[1] < errors[0] / 3
+    assert errors[2] < 2e-3
 
 
 def test_deterministic_few_step_converges_at_first_order():

@@ -158,7 +158,9 @@ def test_gan_term_pushes_samples_towards_what_the_discriminator_calls_real(featu
     """d softplus(-logit) / dx against autograd of the whole chain."""
     torch.manual_seed(0)
     discriminator = Discriminator(GaussianNetwork.feature_shapes)
-    discriminator.heads = nn.ModuleList([nn.Sequential(nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 1))])
+    discriminator.heads = nn.ModuleList(
+        [nn.Sequential(nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 1))]
+    )
     weight, at = 0.7, batch(16)
     settings = MatchingSettings(normalise=False, gan_weight=weight, gan_features=features)
     method = objective(settings, discriminator=discriminator)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fastdistill.diffusion import (
-    V,
     X0,
     EDMPreconditioning,
     Epsilon,
     Flow,
     Noise,
+    V,
     convert,
     loss_weight,
 )
@@ -24,9 +24,7 @@ SPACES = [Epsilon(), V(), X0(), Flow(), EDMPreconditioning()]
 
 def case(dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    x0, noise, raw = (
-        torch.randn(3, 2, 4, 8, generator=generator, dtype=dtype) for _ in range(3)
-    )
+    x0, noise, raw = (torch.randn(3, 2, 4, 8, generator=generator, dtype=dtype) for _ in range(3))
     sigma = torch.tensor([0.2, 0.6, 0.9], dtype=dtype)
     alpha = torch.tensor([1.0, 0.8, 0.3], dtype=dtype)
     wide = (-1, 1, 1, 1)
@@ -115,3 +113,18 @@ def test_shapes_that_do_not_fit_are_refused():
         denoising_cotangent(raw, x0, x_t[:, :1], Coefficients(alpha, sigma))
     with pytest.raises(ValueError, match="alpha has shape"):
         renoise(x0, alpha[:2], sigma, Noise(7).key("n"), torch.arange(3))
+
+
+def test_a_batch_of_none_is_no_error_on_any_backend():
+    empty, none = torch.zeros(0, 2, 4), torch.zeros(0)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            result = denoising_cotangent(empty, empty, empty, Coefficients(none, none))
+            assert result.cotangent.shape == (0, 2, 4)
+            assert result.loss.shape == (0,)
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    x0, x_t, raw, alpha, sigma = case(torch.float32)
+    with pytest.raises(ValueError, match="scale is 0"):
+        denoising_cotangent(raw, x0, x_t, Coefficients(alpha, sigma), scale=0)

@@ -79,9 +79,7 @@ def test_teacher_and_critic_may_differ_in_parametrisation(backend):
         found = matching_cotangent(
             x.float(), x_t.float(), teacher.float(), epsilon, as_v.float(), v
         )
-    torch.testing.assert_close(
-        found.cotangent, expected.cotangent.float(), rtol=1e-4, atol=1e-7
-    )
+    torch.testing.assert_close(found.cotangent, expected.cotangent.float(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,7 +91,14 @@ def test_entropic_weight_mixes_the_unconditional_critic(backend):
     with use_backend(backend):
         expected = matching_cotangent(x, x_t, teacher, coefficients, mixed, coefficients)
         found = matching_cotangent(
-            x, x_t, teacher, coefficients, critic, coefficients, critic_uncond=uncond, esd_lambda=0.25
+            x,
+            x_t,
+            teacher,
+            coefficients,
+            critic,
+            coefficients,
+            critic_uncond=uncond,
+            esd_lambda=0.25,
         )
     torch.testing.assert_close(found.cotangent, expected.cotangent, rtol=1e-5, atol=1e-8)
 
@@ -128,14 +133,10 @@ def test_small_gaps_survive_bfloat16(backend, written, bound):
 def test_gradient_does_not_depend_on_the_scale_of_sample_and_teacher_distance(backend):
     """METHODS 4(d): g is unchanged when both the gap and x - D_phi are multiplied by a number."""
     (x, x_t, teacher, critic, _), alpha, sigma = case()
-    one, half = (
-        Epsilon().coefficients(alpha, value * sigma) for value in (1.0, 1.0)
-    )
+    one, half = (Epsilon().coefficients(alpha, value * sigma) for value in (1.0, 1.0))
     with use_backend(backend):
         g = matching_cotangent(x, x_t, teacher, one, critic, half).cotangent
-        tripled = matching_cotangent(
-            3 * x, 3 * x_t, 3 * teacher, one, 3 * critic, half
-        ).cotangent
+        tripled = matching_cotangent(3 * x, 3 * x_t, 3 * teacher, one, 3 * critic, half).cotangent
     torch.testing.assert_close(tripled, g, rtol=1e-4, atol=1e-8)
 
 
@@ -189,5 +190,5 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 def test_integers_are_refused():
     (x, x_t, teacher, critic, _), alpha, sigma = case()
     coefficients = Epsilon().coefficients(alpha, sigma)
-    with pytest.raises(ValueError, match="x0 is torch.int64"):
+    with pytest.raises(ValueError, match=r"x0 is torch\.int64"):
         matching_cotangent(x.long(), x_t, teacher, coefficients, critic, coefficients)

@@ -1,4 +1,4 @@
-"""Every op as torch's own: opcheck, compile without a graph break, meta and fake tensors, DTensor."""
+"""Every op as torch's own: opcheck, compile without a graph break, meta tensors, DTensor."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_meta_tensors_give_the_shapes_of_real_ones(op):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_compiles_without_a_graph_break_at_any_batch(op):
-    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda *args: op(*args), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for batch in (3, 5):
         args = arguments(batch)[op]
         for mine, eager in zip(_leaves(compiled(*args)), _leaves(op(*args)), strict=True):

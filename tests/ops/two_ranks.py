@@ -42,7 +42,9 @@ def check(rank: int, store: str) -> None:
     mine = slice(4 * rank, 4 * rank + 4)
     history = torch.zeros(3, 2)
     whole = density_ratio_weight(logits, bins, history, power=1.0)
-    part = density_ratio_weight(logits[mine], bins[mine], history, power=1.0, group=dist.group.WORLD)
+    part = density_ratio_weight(
+        logits[mine], bins[mine], history, power=1.0, group=dist.group.WORLD
+    )
     assert torch.equal(part.weight, whole.weight[mine])
     assert torch.equal(part.history, whole.history)
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """The pathwise gradient of every f-divergence against closed forms, for a mean and a scale.
 
-A student x = m + s z against a teacher N(0, v), one noise level. Expectations over (z, eps) are taken
-by Gauss-Hermite quadrature, so that the only error is rounding; the gradient comes out of
+A student x = m + s z against a teacher N(0, v), one noise level. Expectations over (z, eps) are
+taken by Gauss-Hermite quadrature, so that the only error is rounding; the gradient comes out of
 `matching_cotangent` with exact teacher, critic and density ratio. A mean alone cannot see half of
 the mistakes (METHODS 2(d)), so every case checks the scale parameter too.
 """
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.diffusion import EDM, VP, RectifiedFlow, X0
+from fastdistill.diffusion import EDM, VP, X0, RectifiedFlow
 from fastdistill.objectives import get_divergence
 from fastdistill.ops import matching_cotangent, use_backend
 

@@ -1,0 +1,1 @@
+"""Microbenchmarks: ``python -m bench`` prints every op beside its rivals."""

@@ -1,0 +1,254 @@
+"""The trainer: counted updates, bitwise resume, no host synchronisation, and bad weather."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from typing import ClassVar
+
+import pytest
+import torch
+from small import small_recipe
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistill.data import InMemoryData, digits
+from fastdistill.engine.checkpoint import CheckpointStore
+from fastdistill.engine.job import make_objective
+from fastdistill.engine.saved import DenoiserDescription
+from fastdistill.engine.trainer import Interrupted, Trainer, TrainingDivergedError
+
+ALL_TERMS = ["objective.divergence=jensen_shannon", "objective.gan_weight=0.01"]
+
+
+def trainer(tmp_path=None, data=None, *, recipe=None, **options) -> Trainer:
+    recipe = recipe or small_recipe(*ALL_TERMS)
+    data = data or digits()
+    teacher = DenoiserDescription.of(recipe, data.shape, data.classes).build()
+    with torch.no_grad():  # a fresh network's last layer is zero: give the scores something to say
+        torch.nn.init.normal_(teacher.network.leave[1].weight, std=0.1, generator=_generator())
+    store = tmp_path and CheckpointStore(tmp_path, ("distill",), keep=9)
+    return Trainer(
+        make_objective(recipe, teacher),
+        data,
+        recipe.training,
+        checkpoints=store,
+        stage="distill",
+        **options,
+    )
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def weights(made: Trainer) -> dict[str, torch.Tensor]:
+    optimizers = {
+        f"{role}.{name}": value
+        for role, step in made.optimizers.items()
+        for name, value in step.state_dict().items()
+    }
+    average = {f"ema.{name}": value for name, value in made.ema.module.state_dict().items()}
+    return copy.deepcopy({**made.objective.state_dict(), **optimizers, **average})
+
+
+def assert_bitwise(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    assert not different
+
+
+def test_five_critic_updates_per_student_update_means_five():
+    made = trainer(recipe=small_recipe("training.critic_updates_per_student_update=5"))
+    made.fit()
+    steps = {role: step.state_dict() for role, step in made.optimizers.items()}
+    assert steps["critic"]["network.mix.bias.step"] == 40
+    assert steps["student"]["network.mix.bias.step"] == 8
+    assert made.student_updates == 8
+
+
+def test_the_average_moves_only_with_the_student():
+    made = trainer()
+    before = copy.deepcopy(made.ema.module.state_dict())
+    made.update()  # the first of two is the critic's alone
+    assert_bitwise(made.ema.module.state_dict(), before)
+    made.update()
+    assert not torch.equal(made.ema.module.network.enter.weight, before["network.enter.weight"])
+
+
+@pytest.mark.parametrize("stop", [8, 16, 24])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, stop):
+    rows, resumed_rows = [], []
+    whole = trainer(tmp_path, on_log=rows.append)
+    whole.fit()
+    again = trainer(on_log=resumed_rows.append)
+    store = whole.checkpoints
+    (found,) = [entry for entry in store._listed() if entry.step == stop]
+    again.resume(found)
+    assert again.step == stop
+    again.fit()
+    assert_bitwise(weights(again), weights(whole))
+    assert resumed_rows == [row for row in rows if row["step"] > stop]
+
+
+def test_accumulation_of_two_halves_is_one_batch_up_to_rounding():
+    """The samples are told apart by their global index, so the noise is the same."""
+    gradients = []
+    for accumulation, size in ((1, 32), (2, 16)):
+        recipe = small_recipe(
+            f"training.accumulation={accumulation}", f"training.batch_size={size}"
+        )
+        made = trainer(recipe=recipe)
+        with torch.no_grad():  # a critic that equals the teacher has nothing to say
+            made.objective.critic.network.leave[1].bias.fill_(0.2)
+        made.noise.at(0)
+        for micro in range(accumulation):
+            batch = made._batch(micro)
+            sample = made.objective.generate(batch)
+            made._accumulate("student", made.objective.student_update, batch, sample)
+        gradients.append(made.objective.student.network.leave[1].weight.grad.clone())
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-7)
+
+
+class _NoSynchronisation(TorchFunctionMode):
+    """Raises where Python reads a tensor's value, which makes the host wait for a GPU."""
+
+    names: ClassVar[set[str]] = {
+        *("item", "tolist", "cpu", "numpy", "nonzero", "equal", "is_nonzero", "unique"),
+        *("__bool__", "__float__", "__int__", "__index__", "masked_select", "allclose"),
+        *("_local_scalar_dense", "__contains__", "bincount"),
+    }
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.names:
+            raise AssertionError(f"host synchronisation: {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+class _NoScalarRead(TorchDispatchMode):
+    """Raises where C++ reads a value on somebody's behalf, as boolean indexing does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
+            raise AssertionError(f"host synchronisation: {name}")
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
+        if any(value is not None and value.dtype == torch.bool for value in indices):
+            raise AssertionError("host synchronisation: boolean index")
+        return function(*args, **(kwargs or {}))
+
+
+def run_without_synchronisation(made: Trainer, steps: int) -> None:
+    with _NoSynchronisation(), _NoScalarRead():
+        for _ in range(steps):
+            made.update()
+
+
+@pytest.mark.parametrize("features", ["teacher", "critic"])
+def test_a_step_makes_no_host_synchronisation(features):
+    recipe = small_recipe(
+        *ALL_TERMS,
+        f"objective.gan_features={features}",
+        "objective.student_times=[2.5, 0.8]",
+        "objective.guidance_scale=1.5",
+        "teacher.condition_dropout=0.1",
+        "training.student.clip_norm=1.0",
+        "training.accumulation=2",
+    )
+    made = trainer(recipe=recipe)
+    made.update(), made.update()  # streams and buffers are made on first use
+    run_without_synchronisation(made, 4)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda update: update.pairs[0][0].sum().item(),
+        lambda update: bool((update.pairs[0][1] > 0).any()),
+        lambda update: update.pairs[0][1][update.pairs[0][1] > 0],
+        lambda update: update.metrics["loss"].tolist(),
+        lambda update: torch.equal(*update.pairs[0]),
+        lambda update: update.metrics["loss"].cpu(),
+    ],
+    ids=["item", "bool", "boolean index", "tolist", "equal", "cpu"],
+)
+def test_an_added_synchronisation_is_caught(read):
+    made = trainer()
+    made.update(), made.update()
+    original = made.objective.critic_update
+
+    def synchronising(batch, sample):
+        update = original(batch, sample)
+        read(update)
+        return update
+
+    made.objective.critic_update = synchronising
+    with pytest.raises(AssertionError, match="host synchronisation"):
+        run_without_synchronisation(made, 1)
+
+
+def test_an_update_that_is_not_finite_is_skipped_on_the_device():
+    made = trainer()
+    made.update(), made.update()
+    before = weights(made)
+    with torch.no_grad():
+        made.objective.teacher.network.enter.bias.fill_(float("nan"))
+        made.objective.critic.network.enter.bias.fill_(float("nan"))
+    before.pop("critic.network.enter.bias")
+    made.update(), made.update()
+    after = weights(made)
+    for name in before:
+        if name.startswith(("student.", "ema.")):
+            assert torch.equal(after[name], before[name]), name
+
+
+def test_training_without_one_finite_update_stops_with_advice():
+    made = trainer()
+    with torch.no_grad():
+        made.objective.student.network.enter.bias.fill_(float("nan"))
+    with pytest.raises(TrainingDivergedError, match="lower the learning rate"):
+        made.fit()
+
+
+def test_nan_and_empty_data_are_refused():
+    samples = torch.zeros(5, 1, 8, 8)
+    samples[3, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="in 1 of 5 samples, the first at index 3"):
+        InMemoryData(samples)
+    with pytest.raises(ValueError, match="is empty"):
+        InMemoryData(torch.zeros(0, 1, 8, 8))
+    with pytest.raises(ValueError, match="labels have shape"):
+        InMemoryData(torch.zeros(5, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_every_sample_is_visited_once_an_epoch():
+    data = InMemoryData(torch.arange(10.0).view(10, 1))
+    seen = torch.cat([data.batch(0, step, 4).samples for step in range(5)]).flatten()
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert torch.equal(data.batch(0, 0, 25).samples[:20].flatten(), seen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_loop_with_a_checkpoint(tmp_path, number):
+    made = trainer(tmp_path)
+    made.on_log = lambda row: os.kill(os.getpid(), number) if row["step"] == 14 else None
+    with pytest.raises(Interrupted, match="at step 14"):
+        made.fit()
+    assert made.checkpoints.newest().step == 14
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    made = trainer(tmp_path)
+    made.save()
+    other = trainer(recipe=small_recipe(*ALL_TERMS, "model.width=48"))
+    with pytest.raises(ValueError, match="is of other networks"):
+        other.resume(made.checkpoints.newest())
+
+
+def test_bfloat16_trains():
+    made = trainer(recipe=small_recipe(*ALL_TERMS, "training.precision=bfloat16"))
+    made.fit()
+    assert all(torch.isfinite(value).all() for value in weights(made).values())
