@@ -30,7 +30,7 @@ from fastdistill.diffusion import Noise
 from fastdistill.engine import sampling
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
 from fastdistill.engine.log import RunLog
-from fastdistill.engine.report import write_report
+from fastdistill.engine.report import REAL, write_report
 from fastdistill.engine.saved import DenoiserDescription, load_denoiser, save_denoiser
 from fastdistill.engine.trainer import Trainer, memory_in_use
 from fastdistill.evaluate import DigitsClassifier, digits_classifier, evaluate_samples
@@ -211,12 +211,13 @@ class Job:
             ("teacher", lambda n: self._teacher_samples(teacher, n)),
             ("student", lambda n: self._student_samples(student, n)),
         ):
-            make(min(count, 1000))  # warm-up: caches and thread pools
-            with sampling.Stopwatch(self.device) as watch:
-                made = make(count)
+            made, seconds = sampling.timed(make, count, self.device)
             scores = evaluate_samples(data.samples, made, self._classifier)
-            summary |= {f"{name}_{role}": value for name, value in scores.items()}
-            summary[f"seconds_per_thousand_{role}"] = 1000 * watch.seconds / count
+            shared = {
+                name: scores.pop(name) for name in (*REAL.values(), "samples", "frechet_samples")
+            }
+            summary |= {f"{name}_{role}": value for name, value in scores.items()} | shared
+            summary[f"seconds_per_thousand_{role}"] = 1000 * seconds / count
             images[titles[role]] = made[:100]
         summary["speedup"] = (
             summary["seconds_per_thousand_teacher"] / summary["seconds_per_thousand_student"]

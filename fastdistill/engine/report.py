@@ -27,18 +27,19 @@ _COMPARED = {
     "class_share_max": "largest share of a class",
     "seconds_per_thousand": "seconds per 1,000 images",
 }
-_REAL = {
+REAL = {
     "frechet_pixel": "frechet_pixel_real_halves",
     "frechet_features": "frechet_features_real_halves",
     "vendi": "vendi_real",
 }
+"""What real data score in a metric, by the metric's name."""
 
 
 def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (metric, teacher, student, real data) of the result's table, as text."""
     rows: list[tuple[str, ...]] = []
     for name, label in _COMPARED.items():
-        real = summary.get(f"{_REAL[name]}_student") if name in _REAL else None
+        real = summary[REAL[name]] if name in REAL else None
         values = (summary[f"{name}_teacher"], summary[f"{name}_student"], real)
         rows.append((label, *("" if value is None else f"{value:.4g}" for value in values)))
     return rows
@@ -52,6 +53,7 @@ def write_report(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> Path:
     training = [row for row in rows if "student/loss" in row]
     distill = [row for row in training if row["stage"] == "distill"]
     scores = [row for row in rows if "evaluation/vendi" in row]
+    timings = [row for row in read_rows(folder / TIMINGS) if row["stage"] == "distill"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )
@@ -60,7 +62,7 @@ def write_report(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> Path:
         summary=summary,
         comparison=comparison(summary),
         grid=_embed((folder / "grid.png").read_bytes()),
-        figures=_figures(training, distill, scores, read_rows(folder / TIMINGS)),
+        figures=_figures(training, distill, scores, timings),
         samples=[
             (path.stem, _embed(path.read_bytes()))
             for path in sorted((folder / "samples").glob("*.png"))
@@ -131,7 +133,9 @@ def _figures(
             distill,
             ["student/grad_norm", "critic/grad_norm", "discriminator/grad_norm"],
         ),
-        _curves("Throughput", "Images a second.", timings, ["images_per_second"]),
+        _curves(
+            "Throughput", "Images a second of the distillation.", timings, ["images_per_second"]
+        ),
     ]
     return [figure for figure in figures if figure is not None]
 

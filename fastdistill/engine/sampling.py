@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -81,29 +82,27 @@ def balanced_labels(classes: int, count: int, device: torch.device) -> Tensor | 
     return torch.arange(count, device=device) % classes if classes else None
 
 
-def seconds_per_thousand(sample: Tensor, seconds: float) -> float:
-    """Seconds that a thousand images take at the rate of ``sample``."""
-    return 1000 * seconds / len(sample)
+def timed(make: Callable[[int], Tensor], count: int, device: torch.device) -> tuple[Tensor, float]:
+    """Samples ``make(count)``, and the median of the seconds that it takes.
 
+    Repeated three times and for a second at the least, after a warm-up, since one measurement of a
+    fast generator says little.
+    """
 
-class Stopwatch:
-    """Seconds of a block, with the device waited for at both ends."""
+    def once() -> float:
+        start = time.perf_counter()
+        made.append(make(count))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._wait()
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._wait()
-        self.seconds = time.perf_counter() - self._start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    make(min(count, 1000))
+    made: list[Tensor] = []
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < 1:
+        seconds.append(once())
+        del made[1:]
+    return made[0], statistics.median(seconds)
 
 
 def save_grid(path: Path, columns: Sequence[tuple[str, Tensor]], rows: int, per_row: int) -> None:

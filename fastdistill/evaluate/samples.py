@@ -66,6 +66,7 @@ def evaluate_samples(
         return _evaluate(real, generated, classifier, seed)
 
 
+@torch.no_grad()
 def _evaluate(
     real: Tensor, generated: Tensor, classifier: FeatureClassifier, seed: int
 ) -> dict[str, float]:
@@ -76,7 +77,7 @@ def _evaluate(
             f"generated images have shape {tuple(generated.shape[1:])}; expected "
             f"{tuple(real.shape[1:])}, as the real ones have"
         )
-    real, generated = real.detach(), generated.detach().to(real.device)
+    generated = generated.to(real.device)
     features_real, features_generated = classifier.features(real), classifier.features(generated)
     check_features("features of the generated images", features_generated, rows=4)
     shares = class_shares(classifier.predict(generated), classifier.classes)

@@ -117,7 +117,8 @@ def _score(matrix: Tensor, size: int, noise: float, order: float) -> float:
     Eigenvalues at the level of rounding (``noise`` of the storage, ``size`` eps of the
     decomposition) are zeros: a small order would count each of them as a kind of sample.
     """
-    values = torch.linalg.eigvalsh(matrix)
+    with one_thread(when=matrix.shape[0] <= SMALL_WIDTH):
+        values = torch.linalg.eigvalsh(matrix)
     largest = float(values[-1])
     if float(values[0]) < -1e-3 * largest:
         raise ValueError(

@@ -9,6 +9,15 @@ from sklearn.datasets import load_digits
 from fastdistill.evaluate import digits_classifier
 
 
+@pytest.fixture
+def two_threads():
+    """A thread count that one can tell from one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def classifier():
     return digits_classifier()

@@ -112,28 +112,26 @@ def test_images_of_another_shape_are_refused(classifier, shape):
 # --- the same every time --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_training_again_anywhere_gives_the_same_weights_and_leaves_no_trace(classifier, mode):
     torch.manual_seed(1234)
     state = torch.get_rng_state()
-    threads = torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
     try:
         with mode(), torch.autocast("cpu"), torch.device("meta"):
             again = digits_classifier()
         assert torch.get_default_dtype() == torch.float64
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_default_dtype(torch.float32)
-        torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), state)
     assert same_weights(again, classifier)
     assert again.held_out_accuracy == classifier.held_out_accuracy
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_the_thread_count_is_put_back_even_when_training_fails(monkeypatch):
-    threads = torch.get_num_threads()
     seen = []
 
     def fail(*_):
@@ -144,7 +142,7 @@ def test_the_thread_count_is_put_back_even_when_training_fails(monkeypatch):
     with pytest.raises(RuntimeError, match="on purpose"):
         digits_classifier()
     assert seen == [1]
-    assert torch.get_num_threads() == threads == 2
+    assert torch.get_num_threads() == 2
 
 
 # --- on disk --------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def test_digits_drawn_too_faint_are_seen_in_pixels(halves, classifier):
     assert report["frechet_pixel"] > 2 * report["frechet_pixel_real_halves"]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_small_set_is_judged_on_one_thread_and_the_number_is_put_back(
     halves, classifier, monkeypatch
 ):
@@ -127,10 +128,25 @@ def test_every_metric_is_taken_at_equal_numbers_of_samples(halves, classifier):
     )
     many = evaluate_samples(generated, real, classifier)
     assert (many["samples"], many["frechet_samples"]) == (597, 298)
-    # Both Vendi scores at the same n: swapping the sets swaps the scores, up to which were drawn.
-    assert many["vendi_real"] == pytest.approx(
-        vendi_score(classifier.features(generated)), rel=1e-6
-    )
+    expected = vendi_score(classifier.features(generated))  # all of the smaller set
+    assert many["vendi_real"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_precision_recall_and_vendi_see_as_many_real_as_generated_samples(
+    halves, classifier, monkeypatch, swap
+):
+    real, generated = reversed(halves[:2]) if swap else halves[:2]
+    sizes = []
+
+    def record(*features):
+        sizes.append([len(value) for value in features])
+        return (0.5, 0.5) if len(features) == 2 else 1.0
+
+    monkeypatch.setattr("fastdistill.evaluate.samples.precision_recall", record)
+    monkeypatch.setattr("fastdistill.evaluate.samples.vendi_score", record)
+    evaluate_samples(real, generated, classifier)
+    assert sizes == [[597, 597], [597], [597]]
 
 
 def test_the_numbers_are_those_of_the_metrics_in_feature_space(halves, classifier):
@@ -160,8 +176,21 @@ def test_the_report_depends_on_its_own_seed_only(halves, classifier):
 
 def test_samples_with_a_graph_are_judged_without_it(halves, classifier):
     real, generated, _ = halves
-    report = evaluate_samples(real, generated.clone().requires_grad_(), classifier)
+    seen = []
+
+    class WithGraph:
+        classes = 10
+        predict = staticmethod(classifier.predict)
+
+        @staticmethod
+        def features(images):
+            features = classifier.body(images) - classifier.centre
+            seen.append(features.requires_grad)
+            return features
+
+    report = evaluate_samples(real, generated.clone().requires_grad_(), WithGraph())
     assert report == evaluate_samples(real, generated, classifier)
+    assert seen == [False, False]
 
 
 def test_non_finite_samples_are_refused_with_their_number(halves, classifier):
@@ -184,7 +213,7 @@ def test_empty_few_or_foreign_samples_are_refused(halves, classifier):
         evaluate_samples(real, generated[:3], classifier)
     with pytest.raises(ValueError, match=r"shape \(3, 8, 8\); expected \(1, 8, 8\)"):
         evaluate_samples(real, generated.expand(-1, 3, 8, 8), classifier)
-    with pytest.raises(ValueError, match="expected floating-point"):
+    with pytest.raises(ValueError, match=r"generated images are torch.uint8 of shape \(597"):
         evaluate_samples(real, generated.to(torch.uint8), classifier)
 
 

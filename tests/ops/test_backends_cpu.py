@@ -325,16 +325,13 @@ class TestDensityRatio:
 
 
 class TestEveryOp:
-    def test_empty_batch(self):
-        for storage in STORAGE:
-            cotangent, statistics = cpu(_matching_cotangent)(*matching_args((0, 3, 4), storage))
-            assert cotangent.shape == (0, 3, 4)
-            assert statistics.shape == (0, 4)
-            cotangent, loss = cpu(_denoising_cotangent)(*denoising_args((0, 3, 4), storage))
-            assert cotangent.shape == (0, 3, 4)
-            assert loss.shape == (0,)
-            for result in cpu(_renoise)(*renoise_args((0, 3, 4), storage)):
-                assert result.shape == (0, 3, 4)
+    @by_storage
+    def test_empty_batch(self, storage):
+        check(_matching_cotangent, *matching_args((0, 3, 4), storage))
+        check(_denoising_cotangent, *denoising_args((0, 3, 4), storage))
+        check(_renoise, *renoise_args((0, 3, 4), storage))
+
+    def test_empty_batch_of_noise_and_ratios(self):
         assert cpu(_normal)(key(), torch.arange(0), [3, 4], F32).shape == (0, 3, 4)
         check(_density_ratio_weight, *density_ratio_args(samples=0))
 
