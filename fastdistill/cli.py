@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastdistill.engine.job import Job
 
 app = typer.Typer(
     help="Distil diffusion models into one-step generators.",
@@ -43,7 +46,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     job = Job.create(output or _unused(Path("runs") / loaded.name), loaded, say)
     say(f"run folder: {job.folder}")
-    _finish(job.folder, job.run())
+    _run(job)
 
 
 @app.command()
@@ -51,7 +54,7 @@ def resume(run: RunFolder) -> None:
     """Continue a run from its newest intact checkpoint."""
     from fastdistill.engine.job import Job
 
-    _finish(run, Job.open(run, say).run())
+    _run(Job.open(run, say))
 
 
 @app.command()
@@ -123,8 +126,7 @@ def info() -> None:
 
 def main() -> NoReturn:
     """Entry point: faults of the user, the disk and the keyboard end with one clear message."""
-    from fastdistill.engine.checkpoint import is_disk_full
-    from fastdistill.engine.trainer import Interrupted, TrainingDivergedError
+    from fastdistill.engine.trainer import TrainingDivergedError
 
     try:
         app(standalone_mode=False)
@@ -132,14 +134,9 @@ def main() -> NoReturn:
         _stop("stopped", 130)
     except typer.Exit as request:
         sys.exit(request.exit_code)
-    except Interrupted as request:
-        _stop(f"{request}; continue with `fastdistill resume FOLDER`", 130)
     except KeyboardInterrupt:
-        _stop("stopped; continue with `fastdistill resume FOLDER`", 130)
-    except OSError as error:
-        advice = "; make room, then `fastdistill resume FOLDER`" if is_disk_full(error) else ""
-        _stop(f"error: {error}{advice}", 1)
-    except (ValueError, TrainingDivergedError) as error:
+        _stop("stopped", 130)
+    except (OSError, ValueError, TrainingDivergedError) as error:
         _stop(f"error: {error}", 1)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
@@ -163,7 +160,22 @@ def _unused(folder: Path) -> Path:
     return candidate
 
 
-def _finish(folder: Path, summary: dict) -> None:
+def _run(job: Job) -> None:
+    from fastdistill.engine.checkpoint import is_disk_full
+    from fastdistill.engine.trainer import Interrupted
+
+    folder = job.folder
+    advice = f"continue with `fastdistill resume {folder}`"
+    try:
+        summary = job.run()
+    except Interrupted as request:
+        _stop(f"{request}; {advice}", 130)
+    except KeyboardInterrupt:
+        _stop(f"stopped; {advice}", 130)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _stop(f"error: {error}; make room, then {advice}", 1)
     _print_comparison(summary)
     say("summary.json, grid.png, report.html, metrics.jsonl and student/ are in")
     say(str(folder))

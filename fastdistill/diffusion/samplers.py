@@ -35,7 +35,8 @@ def heun(denoise: Denoise, noise: Tensor, process: Process, sigmas: Sequence[flo
         denoise: the denoiser of the process.
         noise: standard normal start [B, ...].
         process: the process that the denoiser was trained on.
-        sigmas: levels of sigma / alpha from the highest to 0, as `karras_sigmas` gives them.
+        sigmas: levels of sigma / alpha from the highest to 0, as `karras_sigmas` gives them; the
+            highest should be one that the process reaches.
 
     Returns:
         Samples [B, ...].

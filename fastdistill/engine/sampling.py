@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdistill.diffusion import EDM, Noise, few_step, heun, karras_sigmas
+from fastdistill.diffusion import Noise, few_step, heun, karras_sigmas
+from fastdistill.diffusion.samplers import Denoise
 from fastdistill.models import Denoiser
 
 EVALUATION_STEP = 2**32 - 1
 """The step of noise that no training step uses."""
 
 
-@torch.no_grad()
 def sample_student(
     student: Denoiser,
     times: Sequence[float],
@@ -25,7 +26,6 @@ def sample_student(
     count: int,
     shape: Sequence[int],
     noise: Noise,
-    batch: int = 1000,
 ) -> Tensor:
     """One- or few-step samples of a student  # [count, *shape]
 
@@ -36,21 +36,14 @@ def sample_student(
         count: number of samples.
         shape: shape of one sample.
         noise: source of randomness at the wanted step; samples are drawn by their index.
-        batch: samples of one forward.
     """
-    device = next(student.parameters()).device
-    batches = []
-    for index in torch.arange(count, device=device).split(batch):
-        condition = None if labels is None else labels[index]
 
-        def denoise(x_t: Tensor, t: Tensor, condition: Tensor | None = condition) -> Tensor:
-            return student(x_t, t, condition)
+    def draw(denoise: Denoise, index: Tensor) -> Tensor:
+        return few_step(denoise, student.process, times, noise, index, shape)
 
-        batches.append(few_step(denoise, student.process, times, noise, index, shape))
-    return torch.cat(batches)
+    return _by_batches(student, labels, count, draw)
 
 
-@torch.no_grad()
 def sample_teacher(
     teacher: Denoiser,
     steps: int,
@@ -58,23 +51,38 @@ def sample_teacher(
     count: int,
     shape: Sequence[int],
     noise: Noise,
-    batch: int = 1000,
 ) -> Tensor:
     """Samples of a teacher by Heun's method, 2 ``steps`` - 1 evaluations; see `sample_student`."""
-    device = next(teacher.parameters()).device
     process = teacher.process
-    levels = process if isinstance(process, EDM) else EDM()
-    sigmas = karras_sigmas(steps, levels.sigma_min, levels.sigma_max, levels.rho)
+    alpha, sigma = process.alpha_sigma(process.time_of_position(torch.tensor([0.0, 1.0])))
+    lowest, highest = (sigma / alpha).tolist()  # a flow's highest is infinite: take EDM's
+    sigmas = karras_sigmas(steps, max(lowest, 0.002), min(highest, 80.0))
+
+    def draw(denoise: Denoise, index: Tensor) -> Tensor:
+        return heun(denoise, noise.normal("latents", index, shape), process, sigmas)
+
+    return _by_batches(teacher, labels, count, draw)
+
+
+@torch.no_grad()
+def _by_batches(
+    denoiser: Denoiser,
+    labels: Tensor | None,
+    count: int,
+    draw: Callable[[Denoise, Tensor], Tensor],
+    batch: int = 1000,
+) -> Tensor:
+    """Samples 0 ... count - 1 from ``draw(denoise, index)``, a batch at a time."""
+    device = next(denoiser.parameters()).device
     batches = []
     for index in torch.arange(count, device=device).split(batch):
         condition = None if labels is None else labels[index]
-
-        def denoise(x_t: Tensor, t: Tensor, condition: Tensor | None = condition) -> Tensor:
-            return teacher(x_t, t, condition)
-
-        start = noise.normal("latents", index, shape)
-        batches.append(heun(denoise, start, process, sigmas))
+        batches.append(draw(functools.partial(_denoise, denoiser, condition), index))
     return torch.cat(batches)
+
+
+def _denoise(denoiser: Denoiser, condition: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
+    return denoiser(x_t, t, condition)
 
 
 def balanced_labels(classes: int, count: int, device: torch.device) -> Tensor | None:

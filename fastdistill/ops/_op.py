@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill.ops._arguments import per_sample
 from fastdistill.ops._backend import choose_backend
 
 _library = torch.library.Library("fastdistill", "DEF")
@@ -62,6 +63,26 @@ class Op:
         torch.library.register_autograd(
             f"fastdistill::{self.name}", backward, setup_context=setup_context, lib=_library
         )
+
+    def register_cotangent(self, scale: int, loss: Callable[[Tensor], Tensor]) -> None:
+        """Make an op that returns (cotangent of its first argument, losses) a differentiable loss.
+
+        Args:
+            scale: position of the argument that scales the cotangent but not the losses.
+            loss: finds the loss of each sample [B] in the gradient of the second result.
+        """
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(output[0])
+            ctx.mark_non_differentiable(output[0])
+            ctx.scale, ctx.dtype, ctx.inputs = inputs[scale], inputs[0].dtype, len(inputs)
+
+        def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+            (cotangent,) = ctx.saved_tensors
+            factor = per_sample(loss(grad), cotangent, grad.dtype) / ctx.scale
+            return (factor * cotangent).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+
+        self.register_autograd(backward, setup_context)
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend of its first tensor; differentiable through its formula."""

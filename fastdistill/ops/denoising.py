@@ -15,7 +15,7 @@ written once. All arithmetic is float32 whatever the storage (float64 for float6
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,19 +87,7 @@ _denoising_cotangent = Op(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(output[0])
-    ctx.mark_non_differentiable(output[0])
-    ctx.scale = inputs[-1]
-
-
-def _backward(ctx: Any, _: Tensor, grad_loss: Tensor):
-    (cotangent,) = ctx.saved_tensors
-    grad = per_sample(grad_loss, cotangent, grad_loss.dtype) * cotangent / ctx.scale
-    return grad.to(cotangent.dtype), *[None] * 6
-
-
-_denoising_cotangent.register_autograd(_backward, _setup_context)
+_denoising_cotangent.register_cotangent(scale=-1, loss=lambda grad: grad)
 
 
 def denoising_cotangent(

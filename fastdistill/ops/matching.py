@@ -24,7 +24,7 @@ float64 storage).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,21 +124,7 @@ _matching_cotangent = Op(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    cotangent, _ = output
-    ctx.save_for_backward(cotangent)
-    ctx.mark_non_differentiable(cotangent)
-    ctx.scale, ctx.dtype = inputs[-2], inputs[0].dtype
-
-
-def _backward(ctx: Any, _: Tensor, grad_statistics: Tensor):
-    (cotangent,) = ctx.saved_tensors
-    grad_loss = grad_statistics[:, 0]
-    grad = per_sample(grad_loss, cotangent, grad_loss.dtype) * cotangent / ctx.scale
-    return grad.to(ctx.dtype), *[None] * 15
-
-
-_matching_cotangent.register_autograd(_backward, _setup_context)
+_matching_cotangent.register_cotangent(scale=-2, loss=lambda grad: grad[:, 0])
 
 
 def matching_cotangent(

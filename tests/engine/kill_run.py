@@ -1,10 +1,10 @@
-"""Runs a job in child processes that are killed at random moments, until one gets through.
+"""Runs the digits recipe in child processes that are killed at random moments, then to its end.
 
-    python kill_run.py FOLDER KILLS SEED OVERRIDE ...
+    python tests/engine/kill_run.py FOLDER KILLS SECONDS SEED [OVERRIDE ...]
 
 This process only imports, so that it can fork cheaply; every child resumes the run in FOLDER (or
-starts it). The moments are drawn between 0 and the time that the uninterrupted run took, which the
-caller measured and passes in the environment as RUN_SECONDS.
+starts it), and is killed after a random time of SECONDS / KILLS on average, SECONDS being about
+what the uninterrupted run takes.
 """
 
 from __future__ import annotations
@@ -30,25 +30,21 @@ def work(folder: Path, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    folder, kills, generator = Path(sys.argv[1]), int(sys.argv[2]), random.Random(sys.argv[3])
-    seconds, killed = float(os.environ["RUN_SECONDS"]), 0
-    while killed < kills:
+    folder, kills, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    generator, overrides = random.Random(sys.argv[4]), sys.argv[5:]
+    killed = 0
+    for _ in range(kills):
         child = os.fork()
         if child == 0:
-            work(folder, sys.argv[4:])
+            work(folder, overrides)
             os._exit(0)
-        time.sleep(generator.uniform(0, seconds))
+        time.sleep(generator.uniform(0, 2 * seconds / kills))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            killed += 1
-        else:  # it finished before its moment came: begin a new life from an older checkpoint
-            for path in sorted((folder / "checkpoints").glob("distill-*"))[-1:]:
-                (path / "manifest.json").write_text("cut")
-            kills -= 1
+        killed += os.WIFSIGNALED(status)
         found = sorted(path.name for path in (folder / "checkpoints").glob("*-*"))
-        print(f"kill {killed}: {found[-1] if found else 'no checkpoint yet'}", flush=True)
-    work(folder, sys.argv[4:])
+        print(f"kill {killed}: {', '.join(found) or 'no checkpoint yet'}", flush=True)
+    work(folder, overrides)
     print(f"killed {killed} times", flush=True)
 
 

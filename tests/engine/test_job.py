@@ -72,8 +72,8 @@ def test_twenty_kills_change_nothing(finished, tmp_path):
     script = Path(__file__).with_name("kill_run.py")
     seconds = _seconds_of_work(finished, tmp_path)
     done = subprocess.run(
-        [sys.executable, script, folder, "20", "1", *SMALL],
-        env=ENVIRONMENT | {"RUN_SECONDS": str(seconds)},
+        [sys.executable, script, folder, "20", str(seconds), "1", *SMALL],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,

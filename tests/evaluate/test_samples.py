@@ -171,7 +171,9 @@ def test_the_report_depends_on_its_own_seed_only(halves, classifier):
     state = torch.get_rng_state()
     assert evaluate_samples(real, generated[:300], classifier) == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert evaluate_samples(real, generated[:300], classifier, seed=1) != first
+    other = evaluate_samples(real, generated[:300], classifier, seed=1)
+    for name in ("frechet_pixel", "frechet_features_real_halves", "vendi_real"):
+        assert other[name] != first[name]
 
 
 def test_samples_with_a_graph_are_judged_without_it(halves, classifier):
