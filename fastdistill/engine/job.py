@@ -59,6 +59,7 @@ class Job:
     def __init__(self, folder: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None:
         self.folder, self.recipe, self.say = folder, recipe, say
         self.device = choose_device(recipe.device)
+        torch.set_num_threads(recipe.threads)
         self.data = DATA_SETS[recipe.data]().to(self.device)
         self.description = DenoiserDescription.of(recipe, self.data.shape, self.data.classes)
 
@@ -101,7 +102,6 @@ class Job:
             Interrupted: after a checkpoint, on Ctrl-C.
             BlockingIOError: where another process runs in the folder.
         """
-        torch.set_num_threads(self.recipe.threads)
         with self._locked():
             newest = self._store("teacher").newest()
             with RunLog(self.folder, self.recipe.training.batch_size, self.say) as log:
@@ -207,21 +207,21 @@ class Job:
             "student": f"student, {len(times)} evaluation" + "s" * (len(times) > 1),
         }
         images = {}
-        for role, make in (
-            ("teacher", lambda n: self._teacher_samples(teacher, n)),
-            ("student", lambda n: self._student_samples(student, n)),
-        ):
-            made, seconds = sampling.timed(make, count, self.device)
+        makers: dict[str, Callable[[int], Tensor]] = {
+            "teacher": lambda count: self._teacher_samples(teacher, count),
+            "student": lambda count: self._student_samples(student, count),
+        }
+        seconds = sampling.seconds_per_thousand(makers, self.device)
+        for role, make in makers.items():
+            made = make(count)
             scores = evaluate_samples(data.samples, made, self._classifier)
             shared = {
                 name: scores.pop(name) for name in (*REAL.values(), "samples", "frechet_samples")
             }
             summary |= {f"{name}_{role}": value for name, value in scores.items()} | shared
-            summary[f"seconds_per_thousand_{role}"] = 1000 * seconds / count
+            summary[f"seconds_per_thousand_{role}"] = seconds[role]
             images[titles[role]] = made[:100]
-        summary["speedup"] = (
-            summary["seconds_per_thousand_teacher"] / summary["seconds_per_thousand_student"]
-        )
+        summary["speedup"] = seconds["teacher"] / seconds["student"]
         summary["peak_memory_gib"] = memory_in_use(self.device)
         return summary, images
 

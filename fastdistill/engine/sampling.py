@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,27 +90,27 @@ def balanced_labels(classes: int, count: int, device: torch.device) -> Tensor | 
     return torch.arange(count, device=device) % classes if classes else None
 
 
-def timed(make: Callable[[int], Tensor], count: int, device: torch.device) -> tuple[Tensor, float]:
-    """Samples ``make(count)``, and the median of the seconds that it takes.
+def seconds_per_thousand(
+    makers: Mapping[str, Callable[[int], Tensor]], device: torch.device, rounds: int = 9
+) -> dict[str, float]:
+    """Seconds that each way of making images takes for a thousand, medians of several rounds.
 
-    Repeated three times and for a second at the least, after a warm-up, since one measurement of a
-    fast generator says little.
+    The ways take turns, so that what else the machine does meets all of them alike.
+
+    Args:
+        makers: functions of the number of images, by name.
+        device: where they run.
+        rounds: how often each is measured.
     """
-
-    def once() -> float:
-        start = time.perf_counter()
-        made.append(make(count))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    make(min(count, 1000))
-    made: list[Tensor] = []
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < 1:
-        seconds.append(once())
-        del made[1:]
-    return made[0], statistics.median(seconds)
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(rounds + 1):  # the first is the warm-up
+        for name, make in makers.items():
+            start = time.perf_counter()
+            make(1000)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 def save_grid(path: Path, columns: Sequence[tuple[str, Tensor]], rows: int, per_row: int) -> None:
