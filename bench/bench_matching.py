@@ -1,7 +1,7 @@
 """`matching_cotangent` beside the eager chains of FastGen and DMD2, and torch.compile.
 
-The rivals do what those engines do (PEERS 2.5 and 3.1): convert three raw epsilon outputs to x0 in
-float64, guide, normalise, form a pseudo-target, and let autograd differentiate an MSE.
+The rivals do what those engines do: convert three raw epsilon outputs to x0 in float64, guide,
+normalise, form a pseudo-target, and let autograd differentiate an MSE.
 """
 
 from __future__ import annotations

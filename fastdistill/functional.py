@@ -44,9 +44,10 @@ def distribution_matching_loss(
 ) -> Tensor:
     """DMD2's, Diff-Instruct's or (with ``weight``) f-distill's loss of a student's samples.
 
-    The value is 1/2 mean(g^2) of METHODS card 1 and the gradient to ``sample`` is exactly g / N,
-    formed in float32 whatever the dtypes; nothing else receives a gradient. It equals
-    ``0.5 * mse_loss(sample, (sample - g).detach())`` without its rounding in bfloat16.
+    The value is 1/2 mean(g^2), with g as `fastdistill.ops.matching` defines it, and the gradient to
+    ``sample`` is exactly g / N, formed in float32 whatever the dtypes; nothing else receives a
+    gradient. It equals ``0.5 * mse_loss(sample, (sample - g).detach())`` without its rounding in
+    bfloat16.
 
     Args:
         sample: student's samples [B, ...]; their gradient is wanted.

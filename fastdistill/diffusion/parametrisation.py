@@ -1,4 +1,4 @@
-"""What a network predicts, as two numbers a sample: D(x_t, t) = a x_t + b F (METHODS appendix A).
+"""What a network predicts, as two numbers a sample: D(x_t, t) = a x_t + b F.
 
 Every parametrisation is the pair (a, b); the quantity that it predicts is F = (D - a x_t) / b, and
 a squared error in its space is 1 / b^2 times the squared error of D.

@@ -1,7 +1,7 @@
 """Forward processes x_t = alpha_t x_0 + sigma_t eps, each with its own clock t.
 
 A process answers three questions: what are alpha and sigma at t, what t has a given noise-to-signal
-ratio lambda = sigma / alpha (the "EDM sigma" that all processes share, METHODS 0), and what t lies
+ratio lambda = sigma / alpha (the "EDM sigma" that all processes share), and what t lies
 at a given position between 0 (clean) and 1 (noise) of its usual grid.
 """
 
@@ -66,8 +66,8 @@ class VP:
     """Discrete variance-preserving (DDPM) process; t is the index 0 ... steps - 1.
 
     Between indices log(sigma / alpha) is interpolated linearly, so that alpha^2 + sigma^2 = 1
-    everywhere and the table's own values hold at whole t. The named constructors hold the constants
-    of METHODS appendix B.
+    everywhere and the table's own values hold at whole t. The named constructors hold published
+    models' constants.
     """
 
     beta_start: float

@@ -64,7 +64,7 @@ class MetricBuffer:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over sums that `state_dict` gave."""
-        self._sums = {name: value.to(self.device) for name, value in state.items()}
+        self._sums = {name: value.to(self.device, copy=True) for name, value in state.items()}
 
     def _sum(self, name: str, rows: int) -> Tensor:
         if name not in self._sums:

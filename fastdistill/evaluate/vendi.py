@@ -1,7 +1,7 @@
 """Vendi score: the effective number of different samples in a set.
 
 Friedman and Dieng 2022 (arXiv 2210.02410), with the orders q of Pasarkar and Dieng 2023
-(arXiv 2310.12952); METHODS card 13. For a positive semi-definite similarity K with K_ii = 1 and
+(arXiv 2310.12952). For a positive semi-definite similarity K with K_ii = 1 and
 lambda the eigenvalues of K / n:
 
     VS_q = (sum lambda^q)^{1 / (1 - q)},  VS_1 = exp(-sum lambda log lambda),

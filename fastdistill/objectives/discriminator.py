@@ -1,7 +1,8 @@
 """A discriminator on a denoiser's features, and the cotangents of its logistic losses.
 
 Trained to tell noised real samples from noised student samples at the same noise level, its logit
-estimates log p_t / q_t (METHODS 1), and its gradient through the features is the GAN term of DMD2.
+estimates log p_t / q_t (arXiv 2502.15681), and its gradient through the features is the GAN term
+of DMD2.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The student x = G(z) receives, at a noise level t of a law and x_t = alpha x + sigma eps,
 
-    g = h(r) (D_psi(x_t) - D_phi(x_t)) / (mean |x - D_phi| + 1e-6)      METHODS 1(c), 3(c), 4(c)
+    g = h(r) (D_psi(x_t) - D_phi(x_t)) / (mean |x - D_phi| + 1e-6)
 
 with D_phi the guided teacher, D_psi the critic, which is trained by denoising score matching on
 the student's samples, and r = p_t / q_t from a discriminator on features at the same x_t.
@@ -60,7 +60,7 @@ class DistributionMatching(Objective):
         teacher: frozen denoiser of the data distribution.
         critic: denoiser of the student's distribution, usually a copy of the teacher.
         student_times: the student's times from the noisiest on, in the process' clock; one makes a
-            one-step generator, more are trained by backward simulation (METHODS 4).
+            one-step generator, more are trained by backward simulation (DMD2).
         matching_law: law of the times at which scores are compared.
         critic_law: law of the critic's training times.
         critic_loss_space: space of the critic's squared error; its own parametrisation if None.

@@ -1,8 +1,9 @@
-"""The f-divergences D_f(p || q) = E_q[f(p / q)] between teacher p and student q (METHODS 1).
+"""The f-divergences D_f(p || q) = E_q[f(p / q)] between teacher p and student q.
 
-A pathwise gradient weights the score gap of a sample by h(r) = r^2 f''(r), r = p / q. Every row of
-the table is h = constant * r^p (c0 + c1 r)^q, which is all that `density_ratio_weight` needs; the
-constant cancels where weights are normalised to mean 1.
+A pathwise gradient weights the score gap of a sample by h(r) = r^2 f''(r), r = p / q (f-distill,
+arXiv 2502.15681, table 1; the further rows are derived from f). Every row of the table is
+h = constant * r^p (c0 + c1 r)^q, which is all that `density_ratio_weight` needs; the constant
+cancels where weights are normalised to mean 1.
 """
 
 from __future__ import annotations

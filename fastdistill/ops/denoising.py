@@ -5,7 +5,7 @@
     cotangent = scale * d loss_i / dF
               = scale * 2 * weight_i * b_i * (D - x0) / N
 
-A loss in another space is the same with another weight (METHODS appendix A): (alpha / sigma)^2 for
+A loss in another space is the same with another weight: (alpha / sigma)^2 for
 epsilon, ((alpha^2 + sigma^2) / sigma)^2 for v, ((alpha + sigma) / sigma)^2 for the flow velocity;
 see `fastdistill.diffusion.loss_weight`.
 

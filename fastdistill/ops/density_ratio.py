@@ -1,7 +1,7 @@
 """`density_ratio_weight`: from discriminator logits to the weight h(r) of an f-divergence.
 
 For a discriminator trained with the logistic loss, r = p/q = exp(logit), teacher over student
-(METHODS 1). With logits l [B, K] of K heads and the noise-level bin of each sample:
+(arXiv 2502.15681). With logits l [B, K] of K heads and the noise-level bin of each sample:
 
     r      = clamp(exp(clamp(mean_k l_k, -logit_clamp, logit_clamp)), ratio_min, ratio_max)
     S, C   = decay * (S, C) + (sum of r, number of samples) of each bin in this batch
@@ -11,7 +11,7 @@ For a discriminator trained with the logistic loss, r = p/q = exp(logit), teache
 
 The history (S, C) is weighted by counts, so that a bin seen rarely keeps what it knows, and the
 ``prior`` pseudo-samples of ratio 1 keep a sample that is alone in a new bin from being divided by
-itself, which would erase the signal (PEERS 2.3). Everything is [B]-sized: one launch, no host sync.
+itself, which would erase the signal. Everything is [B]-sized: one launch, no host sync.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`matching_cotangent`: the whole tail of a pathwise distillation loss, in one pass.
 
 From the raw outputs of teacher and critic to the gradient that the student's sample receives
-(METHODS cards 1, 3, 4 and 11):
+(arXiv 2502.15681, 2305.18455, 2405.14867, 2401.00909):
 
     F_phi  = F_phi(uncond) + guidance_scale * (F_phi(cond) - F_phi(uncond))
     F_psi  = F_psi(cond) + esd_lambda * (F_psi(uncond) - F_psi(cond))
@@ -15,7 +15,7 @@ From the raw outputs of teacher and critic to the gradient that the student's sa
 
 Where teacher and critic share (a, b) the last two terms of Delta are exactly zero, so that no
 precision is lost when the two agree. The loss is DMD's surrogate 1/2 mean((x0 - sg[x0 - g])^2)
-without its cancellation (PEERS 2.5: 2.8 % in bfloat16).
+without its cancellation, which costs 2.8 % in bfloat16 where the two are 0.01 apart.
 
 Shapes: x0, x_t and the raw outputs [B, ...]; a, b, weight [B]. Bytes moved: each given tensor read
 once, the cotangent written once. All arithmetic is float32 whatever the storage (float64 for
@@ -158,7 +158,7 @@ def matching_cotangent(
         teacher_uncond: raw teacher output without the condition, or with the negative one.
         guidance_scale: classifier-free guidance; 1 is the conditional teacher.
         critic_uncond: raw critic output without the condition, for entropic score distillation.
-        esd_lambda: weight of the unconditional critic (METHODS 11).
+        esd_lambda: weight of the unconditional critic (arXiv 2401.00909).
         weight: h of an f-divergence, or any other weight inside g [B]; 1 if absent.
         normalise: divide by DMD's mean |x0 - D_phi|; False gives Diff-Instruct.
         scale: factor of the cotangent alone, as 1 / B for a mean over the batch.

@@ -1,4 +1,4 @@
-"""(a, b) of every parametrisation: identities of METHODS appendix A, in every process."""
+"""(a, b) of every parametrisation: the identities between them, in every process."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_edm_network_gives_the_same_denoiser_in_every_process():
 
 
 def test_signs_of_score_gaps_flip_between_denoisers_and_noise():
-    """METHODS A: Delta = -(sigma / alpha) (eps_psi - eps_phi)."""
+    """Delta = -(sigma / alpha) (eps_psi - eps_phi)."""
     alpha, sigma = torch.tensor([0.8]), torch.tensor([0.6])
     for kind in (Epsilon(), V(), Flow()):
         assert kind.coefficients(alpha, sigma).b < 0

@@ -11,7 +11,7 @@ from fastdistill.diffusion import EDM, VP, RectifiedFlow
 
 PROCESSES = [EDM(), VP.dit(), VP.stable_diffusion(), RectifiedFlow(), RectifiedFlow(shift=3.0)]
 
-# METHODS appendix B: index, alpha, sigma.
+# Index, alpha, sigma, from the models' published betas.
 CONSTANTS = {
     VP.stable_diffusion(): [
         (0, 0.999575, 0.029155),

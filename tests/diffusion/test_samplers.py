@@ -1,4 +1,4 @@
-"""Samplers against the closed-form probability-flow ODE of Gaussian data (METHODS 6)."""
+"""Samplers against the closed-form probability-flow ODE of Gaussian data."""
 
 from __future__ import annotations
 

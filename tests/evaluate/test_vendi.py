@@ -21,7 +21,7 @@ def cosines(features: torch.Tensor) -> torch.Tensor:
     return rows @ rows.T
 
 
-# --- values of METHODS card 13 --------------------------------------------------------------------
+# --- published and closed-form values -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def student_gradient(method: DistributionMatching, at: Batch) -> tuple[float, fl
 
 
 def test_diff_instruct_has_the_closed_form_gradient_of_reverse_kl():
-    """METHODS 1(d), in denoiser space: sigma^2 times (0.64, -0.503607) up to sampling error."""
+    """The closed form in denoiser space: sigma^2 times (0.64, -0.503607) up to sampling error."""
     mean, scale = student_gradient(objective(), batch())
     assert (mean / SIGMA**2, scale / SIGMA**2) == pytest.approx((0.64, -0.503607), abs=5e-3)
 
@@ -111,7 +111,7 @@ def test_f_distill_weights_the_same_gradient_by_h():
         get_divergence("jensen_shannon"), normalise=False, ratio_min=0.0, ratio_max=1e9
     )
     mean, scale = student_gradient(objective(settings, discriminator=Exact()), batch())
-    mean_h = 0.4111  # E_q[h], METHODS 1(d)
+    mean_h = 0.4111  # E_q[h] by quadrature
     found = (mean * mean_h / SIGMA**2, scale * mean_h / SIGMA**2)
     assert found == pytest.approx((0.336127, -0.314718), abs=1e-2)
 

@@ -70,7 +70,7 @@ def test_history_decays_by_bin_and_counts(backend):
 
 
 def test_a_sample_alone_in_a_new_bin_keeps_its_signal():
-    """PEERS 2.3: divided by its own mean it would be 1 whatever the discriminator says."""
+    """Divided by its own mean it would be 1 whatever the discriminator says."""
     logits = torch.tensor([math.log(5.0), math.log(0.2)])
     bins = torch.tensor([0, 1])
     result = density_ratio_weight(logits, bins, torch.zeros(2, 2), **options("forward_kl"))
@@ -78,7 +78,7 @@ def test_a_sample_alone_in_a_new_bin_keeps_its_signal():
 
 
 def test_ratios_of_samples_of_the_student_average_to_one():
-    """METHODS T3: E_q[p / q] = 1, so calibration leaves an exact discriminator as it is."""
+    """E_q[p / q] = 1, so calibration leaves an exact discriminator as it is."""
     generator = torch.Generator().manual_seed(0)
     x = 0.8 + 0.78 * torch.randn(200_000, generator=generator)
     log_p = -(x**2) / (2 * 1.25) - 0.5 * math.log(1.25)

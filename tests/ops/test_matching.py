@@ -84,7 +84,7 @@ def test_teacher_and_critic_may_differ_in_parametrisation(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_entropic_weight_mixes_the_unconditional_critic(backend):
-    """METHODS 11: the gap is lambda D_psi(none) + (1 - lambda) D_psi(c) - D_phi(c)."""
+    """arXiv 2401.00909: the gap is lambda D_psi(none) + (1 - lambda) D_psi(c) - D_phi(c)."""
     (x, x_t, teacher, critic, uncond), alpha, sigma = case()
     coefficients = Epsilon().coefficients(alpha, sigma)
     mixed = 0.25 * uncond + 0.75 * critic
@@ -131,7 +131,7 @@ def test_small_gaps_survive_bfloat16(backend, written, bound):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_does_not_depend_on_the_scale_of_sample_and_teacher_distance(backend):
-    """METHODS 4(d): g is unchanged when both the gap and x - D_phi are multiplied by a number."""
+    """DMD's normaliser: g does not change when the gap and x - D_phi are multiplied alike."""
     (x, x_t, teacher, critic, _), alpha, sigma = case()
     one, half = (Epsilon().coefficients(alpha, value * sigma) for value in (1.0, 1.0))
     with use_backend(backend):

@@ -3,7 +3,7 @@
 A student x = m + s z against a teacher N(0, v), one noise level. Expectations over (z, eps) are
 taken by Gauss-Hermite quadrature, so that the only error is rounding; the gradient comes out of
 `matching_cotangent` with exact teacher, critic and density ratio. A mean alone cannot see half of
-the mistakes (METHODS 2(d)), so every case checks the scale parameter too.
+the mistakes, so every case checks the scale parameter too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdistill.diffusion import EDM, VP, X0, RectifiedFlow
 from fastdistill.objectives import get_divergence
 from fastdistill.ops import matching_cotangent, use_backend
 
-# METHODS 1(d): teacher N(0, 1), m = 0.8, s = 0.6, EDM sigma = 0.5: dD/dm, dD/ds.
+# By quadrature: teacher N(0, 1), m = 0.8, s = 0.6, EDM sigma = 0.5: dD/dm, dD/ds.
 PUBLISHED = {
     "reverse_kl": (0.640000, -0.503607),
     "softened_reverse_kl": (0.303873, -0.188888),
@@ -168,7 +168,7 @@ def plain_torch_gradient(divergence, dtype, order) -> tuple[float, float]:
 
 
 def test_gradient_pushes_the_student_towards_the_teacher(reference_backend):
-    """METHODS T11: with the teacher's mean above the student's, -g must push x up."""
+    """With the teacher's mean above the student's, -g must push x up."""
     below = dataclasses.replace(Gaussians(), mean=-0.8)
     assert below.gradient("reverse_kl", torch.float64)[0] < 0
 
