@@ -23,6 +23,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import core_schema
@@ -190,6 +191,11 @@ class TeacherSettings(_Settings):
     """How it is trained; null with a path."""
     sampler_steps: PositiveInt = 18
     """Heun steps of its samples: n steps are 2 n - 1 evaluations."""
+
+    @field_validator("path")
+    @classmethod
+    def _from_anywhere(cls, path: Path | None) -> Path | None:
+        return path and path.resolve()  # a run is resumed from other folders too
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSettings:

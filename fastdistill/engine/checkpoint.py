@@ -65,6 +65,14 @@ def commit_folder(
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text)
+    _synchronise(partial)
+    partial.replace(path)
+
+
 def check_folder(path: Path) -> None:
     """Verify a committed folder against its manifest.
 

@@ -28,7 +28,7 @@ from fastdistill.config import Recipe, RecipeError, TrainingSettings, dump_recip
 from fastdistill.data import DATA_SETS
 from fastdistill.diffusion import Noise
 from fastdistill.engine import sampling
-from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore, write_text
 from fastdistill.engine.log import RunLog
 from fastdistill.engine.report import REAL, write_report
 from fastdistill.engine.saved import DenoiserDescription, load_denoiser, save_denoiser
@@ -77,7 +77,7 @@ class Job:
             )
         job = cls(folder, recipe, say)  # a recipe that cannot run here leaves nothing behind
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
         return job
 
     @classmethod
@@ -182,8 +182,7 @@ class Job:
         summary, images = self.evaluate(teacher, student)
         columns = [("real", self._real_by_class(100)), *images.items()]
         sampling.save_grid(self.folder / "grid.png", columns, 10, 10)
-        text = json.dumps(summary, indent=2) + "\n"
-        (self.folder / "summary.json").write_text(text)
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.folder, self.recipe, summary)
         return summary
 

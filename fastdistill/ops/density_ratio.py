@@ -163,7 +163,10 @@ def density_ratio_weight(
 
 def _gather(value: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
     whole = value.new_empty(group.size() * value.shape[0], *value.shape[1:])
-    torch.distributed.all_gather_into_tensor(whole, value.contiguous(), group=group)
+    # torch 2.13 has a new name for it, and warns of the old one.
+    new_name = getattr(torch.distributed, "all_gather_single", None)
+    gather = new_name or torch.distributed.all_gather_into_tensor
+    gather(whole, value.contiguous(), group=group)
     return whole
 
 

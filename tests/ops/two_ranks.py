@@ -47,7 +47,9 @@ def check(rank: int, store: str) -> None:
     )
     assert torch.equal(part.weight, whole.weight[mine])
     assert torch.equal(part.history, whole.history)
+    dist.barrier()
     dist.destroy_process_group()
+    print(f"rank {rank} done", flush=True)
 
 
 if __name__ == "__main__":
