@@ -77,6 +77,32 @@ def test_the_average_moves_only_with_the_student():
     assert not torch.equal(made.ema.module.network.enter.weight, before["network.enter.weight"])
 
 
+def test_every_step_draws_new_noise_and_new_data():
+    made, rows = trainer(), []
+    original = made.objective.generate
+    made.objective.generate = lambda batch: rows.append(batch) or original(batch)
+    samples = []
+    for _ in range(3):
+        made.update()
+        batch = rows[-1]
+        samples.append((batch.noise.normal("latents", batch.index, (4,)), batch.real))
+    for first, second in ((0, 1), (1, 2)):
+        assert not torch.equal(samples[first][0], samples[second][0])
+        assert not torch.equal(samples[first][1], samples[second][1])
+
+
+def test_the_students_turn_leaves_no_gradient_in_the_critic():
+    """The GAN term passes through the critic's features on its way to the student."""
+    made = trainer(recipe=small_recipe(*ALL_TERMS, "objective.gan_features=critic"))
+    batch = made._batch(0)
+    made._accumulate(
+        "student", made.objective.student_update, batch, made.objective.generate(batch)
+    )
+    for module in made.objective.critic_modules().values():
+        assert all(value.grad is None for value in module.parameters())
+    assert made.objective.student.network.enter.weight.grad.norm() > 0
+
+
 @pytest.mark.parametrize("stop", [8, 16, 24])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, stop):
     rows, resumed_rows = [], []

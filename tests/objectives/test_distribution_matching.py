@@ -223,6 +223,43 @@ def test_logistic_cotangent_is_the_gradient_of_the_losses():
         torch.testing.assert_close(found.loss, loss.detach())
 
 
+@pytest.mark.parametrize("features", ["teacher", "critic"])
+def test_the_discriminator_learns_to_call_data_real_and_samples_fake(features):
+    """Its gradient is that of softplus(fake) + softplus(-real) at one noise level."""
+    torch.manual_seed(0)
+    discriminator = Discriminator(GaussianNetwork.feature_shapes, width=8)
+    settings = MatchingSettings(gan_weight=0.1, gan_features=features, gan_critic_weight=0.3)
+    method = objective(settings, discriminator=discriminator)
+    at = batch(64, real=torch.randn(64, 1) - 2)
+    sample = method.generate(at).detach()
+    parameters = list(discriminator.parameters())
+    method.critic_update(at, sample).backward(parameters)
+    owner = method.teacher if features == "teacher" else method.critic
+    noise = SIGMA * at.noise.normal("discriminator-noise", at.index, (1,))
+    level = torch.full((64,), SIGMA)
+    fake, real = (
+        discriminator(owner.network.features(x + noise, level, None)) for x in (sample, at.real)
+    )
+    loss = nn.functional.softplus(fake).mean() + nn.functional.softplus(-real).mean()
+    for mine, expected in zip(
+        (value.grad for value in parameters),
+        torch.autograd.grad(0.3 * loss, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_history_of_ratios_is_kept():
+    settings = MatchingSettings(get_divergence("forward_kl"), ratio_decay=0.5)
+    method = objective(settings, discriminator=Discriminator(GaussianNetwork.feature_shapes))
+    at = batch(32)
+    method.student_update(at, method.generate(at))
+    assert float(method.ratio_history[:, 1].sum()) == 32
+    method.student_update(at, method.generate(at))
+    assert float(method.ratio_history[:, 1].sum()) == 0.5 * 32 + 32
+    assert "ratio_history" in method.state_dict()
+
+
 @pytest.mark.parametrize("shape", [(24,), (8, 16, 16), (8, 4, 4)])
 def test_discriminator_reads_vectors_and_maps(shape):
     discriminator = Discriminator([shape, shape])

@@ -171,6 +171,24 @@ def test_functional_loss_is_an_ordinary_differentiable_loss():
     torch.testing.assert_close(x.grad, 3 * gradient, rtol=1e-4, atol=1e-8)
 
 
+def test_scale_multiplies_the_cotangent_and_not_the_loss():
+    (x, x_t, teacher, critic, _), alpha, sigma = case()
+    coefficients = Epsilon().coefficients(alpha, sigma)
+    x = x.requires_grad_()
+    gradients, cotangents, losses = [], [], []
+    for scale in (1.0, 0.25):
+        result = matching_cotangent(
+            x, x_t, teacher, coefficients, critic, coefficients, scale=scale
+        )
+        gradients.append(torch.autograd.grad(result.loss.sum(), x)[0])
+        cotangents.append(result.cotangent)
+        losses.append(result.loss.detach())
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(cotangents[1], 0.25 * cotangents[0])
+    torch.testing.assert_close(gradients[0], cotangents[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
