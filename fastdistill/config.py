@@ -231,6 +231,12 @@ class ObjectiveSettings(_Settings):
     """Decay, a student update, of the density ratio's history in each noise-level bin."""
     ratio_prior: float = Field(default=1.0, ge=0)
     """Pseudo-samples of ratio one in each bin."""
+    logit_clamp: PositiveFloat = 10.0
+    """Bound of the discriminator's logit in the density ratio."""
+    ratio_min: float = Field(default=0.1, ge=0)
+    """Lower bound of the density ratio before it is calibrated."""
+    ratio_max: PositiveFloat = 20.0
+    """Upper bound of the density ratio before it is calibrated."""
 
     @model_validator(mode="after")
     def _known_divergence(self) -> ObjectiveSettings:

@@ -1,7 +1,7 @@
 """Losses for other people's loops: ordinary differentiable functions around the fused ops.
 
-Each works under ``torch.compile(fullgraph=True)``, DDP and FSDP2, since it looks at tensors alone.
-The engine's own objectives do not use them: they send the cotangents straight into the networks.
+Each looks at tensors alone, and compiles with ``torch.compile(fullgraph=True)``. The engine's own
+objectives do not use them: they send the cotangents straight into the networks.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import fcntl
 import json
 from collections.abc import Callable, Iterator
@@ -286,6 +287,8 @@ def make_objective(recipe: Recipe, teacher: Denoiser) -> DistributionMatching:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
             discriminator = Discriminator(teacher.network.feature_shapes)
+    names = {field.name for field in dataclasses.fields(MatchingSettings)} - {"divergence"}
+    shared = settings.model_dump(include=names)
     return DistributionMatching(
         copy.deepcopy(teacher).requires_grad_(True).train(),
         teacher,
@@ -294,16 +297,7 @@ def make_objective(recipe: Recipe, teacher: Denoiser) -> DistributionMatching:
         settings.matching_law,
         settings.critic_law,
         discriminator=discriminator,
-        settings=MatchingSettings(
-            divergence=get_divergence(settings.divergence),
-            normalise=settings.normalise,
-            guidance_scale=settings.guidance_scale,
-            gan_weight=settings.gan_weight,
-            gan_features=settings.gan_features,
-            gan_critic_weight=settings.gan_critic_weight,
-            ratio_decay=settings.ratio_decay,
-            ratio_prior=settings.ratio_prior,
-        ),
+        settings=MatchingSettings(divergence=get_divergence(settings.divergence), **shared),
     )
 
 

@@ -190,9 +190,10 @@ class DistributionMatching(Objective):
             "score_gap": matched.squared_gap,
             "nonfinite": matched.nonfinite,
         }
-        return Update(
-            pairs, metrics, bins, ("score_gap", "residual", *(["ratio"] * (weight is not None)))
-        )
+        by_level = ["score_gap", "residual"]
+        if weight is not None:
+            by_level.append("ratio")
+        return Update(pairs, metrics, bins, tuple(by_level))
 
     def critic_update(self, batch: Batch, sample: Tensor) -> Update:
         pair, loss, _ = denoising_update(

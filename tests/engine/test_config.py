@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 
 from fastdistill.config import (
     RECIPES,
+    ObjectiveSettings,
     Recipe,
     RecipeError,
     TrainingSettings,
@@ -14,6 +17,9 @@ from fastdistill.config import (
     load_recipe,
     parse_recipe,
 )
+from fastdistill.engine.job import make_objective
+from fastdistill.engine.saved import DenoiserDescription
+from fastdistill.objectives import MatchingSettings
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -71,6 +77,15 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
         path.write_text(content)
         with pytest.raises(RecipeError, match=message):
             load_recipe(path)
+
+
+def test_a_recipe_can_say_every_number_of_the_method():
+    fields = {field.name for field in dataclasses.fields(MatchingSettings)}
+    assert fields <= set(ObjectiveSettings.model_fields)
+    teacher = DenoiserDescription.of(load_recipe("digits"), (1, 8, 8), 10).build()
+    recipe = load_recipe("digits", ["objective.ratio_max=7", "objective.divergence=forward_kl"])
+    settings = make_objective(recipe, teacher).settings
+    assert (settings.ratio_max, settings.divergence.name) == (7.0, "forward_kl")
 
 
 def test_every_key_is_documented():
