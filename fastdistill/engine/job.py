@@ -261,7 +261,7 @@ class Job:
         return CheckpointStore(self.folder / "checkpoints", STAGES, keep, self.say)
 
     def _check_fits(self, found: DenoiserDescription, path: Path) -> None:
-        for name in ("shape", "classes", "process"):
+        for name in ("shape", "classes", "model", "process", "parametrisation"):
             have, want = getattr(found, name), getattr(self.description, name)
             if have != want:
                 raise RecipeError(f"teacher {path} has {name} {have}, but the recipe has {want}")

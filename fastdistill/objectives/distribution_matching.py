@@ -127,7 +127,8 @@ class DistributionMatching(Objective):
         """The student's sample; with several times, at a step drawn for the whole batch.
 
         Backward simulation: the earlier steps run as at inference, without a graph, so that the
-        student is trained on the inputs that it will see.
+        student is trained on the inputs that it will see. The one critic follows the mixture of all
+        steps' samples, so that it is their mixture that is matched to the teacher.
         """
         steps = len(self.student_times)
         last = batch.noise.choice("backward-simulation", steps) if steps > 1 else 0

@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small import SMALL, small_recipe
 
+from fastdistill.config import RecipeError
 from fastdistill.engine.checkpoint import check_folder
 from fastdistill.engine.job import Job
+from fastdistill.engine.log import RunLog
 from fastdistill.engine.saved import load_denoiser
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -121,6 +124,20 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, 
     assert "resuming stage distill at step 32" in done.stdout
     for name in ("metrics.jsonl", "student/model.safetensors"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_saved_teacher_is_used_where_it_fits_and_refused_where_not(finished, tmp_path):
+    saved = [f"teacher.path={finished / 'teacher'}", "teacher.training=null"]
+    job = Job.create(tmp_path / "run", small_recipe(*saved), lambda line: None)
+    with RunLog(job.folder, 1, lambda line: None) as log:
+        teacher = job._teacher(None, log)
+    own = load_denoiser(finished / "teacher").denoiser
+    for name, value in own.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], value)
+    for override in ("model.width=48", "process.sigma_max=70", "parametrisation.sigma_data=1"):
+        other = Job.create(tmp_path / override, small_recipe(*saved, override), lambda line: None)
+        with pytest.raises(RecipeError, match="but the recipe has"):
+            other.run()
 
 
 def test_a_folder_that_holds_something_is_left_alone(finished):
