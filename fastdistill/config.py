@@ -201,6 +201,11 @@ class TeacherSettings(_Settings):
     def _one_source(self) -> TeacherSettings:
         if (self.path is None) == (self.training is None):
             raise ValueError("needs either path or training, and not both")
+        for name in ("critic", "discriminator", "sample_every"):
+            if self.training is not None and getattr(self.training, name) is not None:
+                raise ValueError(
+                    f"training.{name} is set, but a teacher's training has no use for it"
+                )
         return self
 
 

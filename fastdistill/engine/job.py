@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,8 +105,8 @@ class Job:
             BlockingIOError: where another process runs in the folder.
         """
         with self._locked():
-            newest = self._store("teacher").newest()
-            with RunLog(self.folder, self.recipe.training.batch_size, self.say) as log:
+            newest = self._store().newest()
+            with RunLog(self.folder, self.say) as log:
                 if newest is None:
                     log.restart(0)
                 teacher = self._teacher(newest, log)
@@ -150,7 +151,7 @@ class Job:
             self.data,
             settings,
             seed=self.recipe.seed,
-            checkpoints=self._store(stage, settings.keep_checkpoints),
+            checkpoints=self._store(settings.keep_checkpoints),
             stage=stage,
             on_log=lambda row: log.write(row, memory_in_use(self.device)),
             on_sample=lambda trainer: self._judge(trainer, log),
@@ -251,13 +252,11 @@ class Job:
         rows = torch.stack([ranks[i % data.classes][i // data.classes] for i in range(count)])
         return data.samples[rows]
 
-    @property
+    @functools.cached_property
     def _classifier(self) -> DigitsClassifier:
-        if not hasattr(self, "_cached_classifier"):
-            self._cached_classifier = digits_classifier()
-        return self._cached_classifier
+        return digits_classifier()
 
-    def _store(self, stage: str, keep: int = 2) -> CheckpointStore:
+    def _store(self, keep: int = 2) -> CheckpointStore:
         return CheckpointStore(self.folder / "checkpoints", STAGES, keep, self.say)
 
     def _check_fits(self, found: DenoiserDescription, path: Path) -> None:

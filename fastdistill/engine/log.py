@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastdistill.config import TrainingSettings
 from fastdistill.engine.metrics import JSONLines
-from fastdistill.engine.trainer import Throughput
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 
@@ -26,15 +26,14 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        batch_size: images of one step, for the throughput.
         say: called with each line for the screen.
     """
 
-    def __init__(self, folder: Path, batch_size: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder, self.say = folder, say
         self._metrics = JSONLines(folder / METRICS)
         self._timings = JSONLines(folder / TIMINGS)
-        self._throughput = Throughput(batch_size, 0)
+        self._throughput = Throughput(0, 0)
         self._boards: dict[str, Any] = {}
 
     def __enter__(self) -> RunLog:
@@ -96,3 +95,22 @@ class RunLog:
         for name, value in row.items():
             if isinstance(value, float):
                 self._boards[stage].add_scalar(name, value, step)
+
+
+class Throughput:
+    """Images a second and seconds left, by the host's clock between log points."""
+
+    def __init__(self, batch: int, steps: int) -> None:
+        self.batch, self.steps = batch, steps
+        self._time, self._step = time.monotonic(), 0
+
+    def skip_to(self, step: int) -> None:
+        """Start counting at a step that was done in an earlier process."""
+        self._time, self._step = time.monotonic(), step
+
+    def read(self, step: int) -> tuple[float, float]:
+        """(images a second since the last call, seconds left at that rate)."""
+        now = time.monotonic()
+        rate = max(step - self._step, 1) / max(now - self._time, 1e-9)
+        self._time, self._step = now, step
+        return rate * self.batch, (self.steps - step) / rate

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -253,25 +252,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Throughput:
-    """Images a second and seconds left, by the host's clock between log points."""
-
-    def __init__(self, batch: int, steps: int) -> None:
-        self.batch, self.steps = batch, steps
-        self._time, self._step = time.monotonic(), 0
-
-    def skip_to(self, step: int) -> None:
-        """Start counting at a step that was done in an earlier process."""
-        self._time, self._step = time.monotonic(), step
-
-    def read(self, step: int) -> tuple[float, float]:
-        """(images a second since the last call, seconds left at that rate)."""
-        now = time.monotonic()
-        rate = max(step - self._step, 1) / max(now - self._time, 1e-9)
-        self._time, self._step = now, step
-        return rate * self.batch, (self.steps - step) / rate
 
 
 def memory_in_use(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import torch
@@ -24,7 +25,7 @@ class Batch:
     shape: tuple[int, ...]
     """Shape of one sample."""
     real: Tensor | None = None
-    """Real samples [B, ...], for objectives that need data."""
+    """Real samples [B, ...], for objectives that use data."""
     condition: Condition = None
     """What each sample is conditioned on."""
     uncondition: Condition = None
@@ -50,36 +51,38 @@ class Update:
         torch.autograd.backward(tensors, cotangents, inputs=inputs)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, abc.ABC):
     """A distillation method: what is generated, and the cotangents of each update.
 
     An objective is a module so that its networks and its small state (as the history of density
     ratios) are saved by name. The frozen teacher is not registered: it is no state of a run.
-    Subclasses implement the three methods; the trainer owns everything else.
+    Subclasses implement `generate`, `student_update` and, with a critic, `critic_modules` and
+    `critic_update`; the trainer owns everything else.
     """
 
     student: Denoiser
-    has_critic: bool = True
-    """Whether `critic_update` exists; without, every update is the student's."""
-    needs_data: bool = False
-    """Whether batches must carry real samples."""
     noise_bins: int = 10
     """Number of log-SNR bins that metrics by noise level are reported in."""
     log_snr_range: tuple[float, float] = (-10.0, 10.0)
     """Lower edge of the first and upper edge of the last bin."""
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained; without, every update is the student's."""
+        return bool(self.critic_modules())
+
+    def critic_modules(self) -> dict[str, nn.Module]:
+        """Networks that `critic_update` trains, by role; none in a method without a critic."""
+        return {}
+
+    @abc.abstractmethod
     def generate(self, batch: Batch) -> Tensor:
         """Samples of the student, with a graph where gradients are enabled  # [B, ...]"""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         """Cotangents of the student's update from its samples (with a graph)."""
-        raise NotImplementedError
 
     def critic_update(self, batch: Batch, sample: Tensor) -> Update:
         """Cotangents of the critic's update (and the discriminator's) from detached samples."""
-        raise NotImplementedError
-
-    def critic_modules(self) -> dict[str, nn.Module]:
-        """Networks that `critic_update` trains, by role."""
-        return {}
+        raise TypeError(f"{type(self).__name__} names critic_modules but has no critic_update")

@@ -55,9 +55,6 @@ class Denoising(Objective):
         condition_dropout: share of the samples that see the null condition, for guidance.
     """
 
-    has_critic = False
-    needs_data = True
-
     def __init__(
         self,
         student: Denoiser,

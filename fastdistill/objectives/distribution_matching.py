@@ -106,7 +106,6 @@ class DistributionMatching(Objective):
         self.matching_law, self.critic_law = matching_law, critic_law
         self.critic_loss_space = critic_loss_space or critic.parametrisation
         self.settings = settings
-        self.needs_data = discriminator is not None
         self._frozen = (teacher.requires_grad_(False).eval(),)  # a tuple: not a registered module
         self.ratio_history: Tensor
         if settings.divergence.needs_ratio:
@@ -160,12 +159,14 @@ class DistributionMatching(Objective):
             level.input_scale,
             self.teacher.input_dtype,
         )
+        critic_level, critic_input = self._critic_view(level, noised.x_t, noised.model_input)
         raw_teacher, raw_uncond, raw_critic, logits = self._evaluate(
-            level, noised.x_t, noised.model_input, batch
+            {"teacher": level, "critic": critic_level},
+            {"teacher": noised.model_input, "critic": critic_input},
+            batch,
         )
         bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
         weight, metrics = self._weight(logits, bins)
-        critic_level = self.critic.level(t)
         matched = matching_cotangent(
             sample.detach(),
             noised.x_t.detach(),
@@ -204,7 +205,7 @@ class DistributionMatching(Objective):
         return update if self.discriminator is None else self._discriminate(batch, sample, update)
 
     def _evaluate(
-        self, level: Level, x_t: Tensor, model_input: Tensor, batch: Batch
+        self, levels: dict[str, Level], inputs: dict[str, Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Raw outputs of teacher (with and without the condition) and critic, and the logits.
 
@@ -212,25 +213,25 @@ class DistributionMatching(Objective):
         keeps a graph up to the features only where the GAN term needs one.
         """
         settings, source = self.settings, self.settings.gan_features
+        networks = {"teacher": self.teacher.network, "critic": self.critic.network}
         raw: dict[str, Tensor] = {}
         logits = None
-        inputs = {"teacher": model_input, "critic": self._critic_input(level, x_t, model_input)}
         if self.discriminator is not None:
-            owner = self.teacher if source == "teacher" else self.critic
             with torch.set_grad_enabled(settings.gan_weight > 0):
-                raw[source], features = owner.network.forward_with_features(
-                    inputs[source], owner.level(level.t).noise_condition, batch.condition
+                raw[source], features = networks[source].forward_with_features(
+                    inputs[source], levels[source].noise_condition, batch.condition
                 )
                 logits = self.discriminator(features)
         uncond = None
         with torch.no_grad():
             if settings.guidance_scale != 1.0:
-                raw_teacher, uncond = self._guided(level, model_input, batch, raw.get("teacher"))
-                raw["teacher"] = raw_teacher
-            for role, denoiser in (("teacher", self.teacher), ("critic", self.critic)):
+                raw["teacher"], uncond = self._guided(
+                    levels["teacher"], inputs["teacher"], batch, raw.get("teacher")
+                )
+            for role, network in networks.items():
                 if role not in raw:
-                    condition = denoiser.level(level.t).noise_condition
-                    raw[role] = denoiser.network(inputs[role], condition, batch.condition)
+                    level = levels[role]
+                    raw[role] = network(inputs[role], level.noise_condition, batch.condition)
         return raw["teacher"], uncond, raw["critic"], logits
 
     def _guided(
@@ -248,15 +249,17 @@ class DistributionMatching(Objective):
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional
 
-    def _critic_input(self, level: Level, x_t: Tensor, model_input: Tensor) -> Tensor:
-        """The critic's network input, which is the teacher's where they are of one kind."""
-        same = self.critic.parametrisation == self.teacher.parametrisation
-        if same and self.critic.input_dtype == self.teacher.input_dtype:
-            return model_input
-        scale = self.critic.level(level.t).input_scale
-        if scale is not None:
-            x_t = scale.reshape(-1, *[1] * (x_t.ndim - 1)) * x_t
-        return x_t.to(self.critic.input_dtype or x_t.dtype)
+    def _critic_view(self, level: Level, x_t: Tensor, model_input: Tensor) -> tuple[Level, Tensor]:
+        """The critic's level and network input: the teacher's where they are of one kind."""
+        critic, teacher = self.critic, self.teacher
+        if critic.parametrisation == teacher.parametrisation:
+            if critic.input_dtype == teacher.input_dtype:
+                return level, model_input
+        else:
+            level = critic.level(level.t)
+        if level.input_scale is not None:
+            x_t = level.input_scale.reshape(-1, *[1] * (x_t.ndim - 1)) * x_t
+        return level, x_t.to(critic.input_dtype or x_t.dtype)
 
     def _weight(
         self, logits: Tensor | None, bins: Tensor

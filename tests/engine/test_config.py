@@ -49,6 +49,7 @@ def test_overrides_change_nested_keys():
         ("objective.student_times=[]", "objective.student_times"),
         ("objective.guidance_scale=2", "teacher.condition_dropout"),
         ("teacher.path=somewhere", "either path or training"),
+        ("teacher.training.sample_every=10", "training.sample_every is set"),
         ("training.critic=null", "training.critic is missing"),
         ("device", "not of the form key=value"),
         ("training.steps=[1", "not YAML"),

@@ -129,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, 
 def test_a_saved_teacher_is_used_where_it_fits_and_refused_where_not(finished, tmp_path):
     saved = [f"teacher.path={finished / 'teacher'}", "teacher.training=null"]
     job = Job.create(tmp_path / "run", small_recipe(*saved), lambda line: None)
-    with RunLog(job.folder, 1, lambda line: None) as log:
+    with RunLog(job.folder, lambda line: None) as log:
         teacher = job._teacher(None, log)
     own = load_denoiser(finished / "teacher").denoiser
     for name, value in own.state_dict().items():

@@ -186,6 +186,7 @@ def test_a_step_makes_no_host_synchronisation(features):
     made = trainer(recipe=recipe)
     made.update(), made.update()  # streams and buffers are made on first use
     run_without_synchronisation(made, 4)
+    assert made.step == 6
 
 
 @pytest.mark.parametrize(

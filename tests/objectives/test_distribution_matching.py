@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.diffusion import EDM, X0, FixedList, LogNormalSigma, Noise
+from fastdistill.diffusion import (
+    EDM,
+    X0,
+    EDMPreconditioning,
+    FixedList,
+    LogNormalSigma,
+    Noise,
+)
 from fastdistill.models import Denoiser
 from fastdistill.objectives import (
     Batch,
@@ -193,6 +200,23 @@ def test_guidance_runs_the_teacher_once_on_both_conditions():
         reference.critic.network, x, s, critic_at.condition
     )
     assert found == pytest.approx(student_gradient(reference, shifted), rel=1e-4)
+
+
+def test_a_critic_of_another_parametrisation_sees_its_own_input():
+    """The same critic, told as an EDM-preconditioned network, gives the same gradient."""
+    kind = EDMPreconditioning()
+
+    class Preconditioned(GaussianNetwork):
+        def forward(self, model_input, noise_condition, condition):
+            sigma = (4 * noise_condition).exp()
+            a, b = (value.view(-1, 1) for value in kind.coefficients(torch.ones_like(sigma), sigma))
+            x = model_input / kind.input_scale(torch.ones_like(sigma), sigma).view(-1, 1)
+            return (super().forward(x, sigma, condition) - a * x) / b
+
+    plain, other = objective(), objective()
+    other.critic = Denoiser(Preconditioned(0.8, 0.6), EDM(), kind)
+    expected = student_gradient(plain, batch(500))
+    assert student_gradient(other, batch(500)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_backward_simulation_trains_the_inputs_of_inference():
