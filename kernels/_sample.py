@@ -14,9 +14,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_SAMPLE = 2**31 - 2**14
+_SHARES = tl.constexpr(1_024)
 
 # Warps of a block: 16 elements a thread at 32 lanes a warp, so that a 16-bit block still has a
 # 128-bit vector for each thread where a warp is 64 lanes (CDNA); never more than 1,024 threads.
@@ -71,6 +74,18 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obje
     return contextlib.nullcontext()
 
 
+@functools.cache
+def _target_of(device: int) -> GPUTarget:
+    return triton.runtime.driver.active.get_current_target()
+
+
+def target() -> GPUTarget:
+    """What launches on the current device compile for; backend "interpreter" where they do not."""
+    if not isinstance(locate, JITFunction):
+        return GPUTarget("interpreter", 0, 32)
+    return _target_of(triton.runtime.driver.active.get_current_device())
+
+
 @triton.jit
 def locate(N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """Sample and part of this program, offset of its first element, its lanes, which exist."""
@@ -91,3 +106,13 @@ def load_block(pointer, start, lanes, exists):
 def load_number(pointer, sample):
     """Coefficient of one sample in float32."""
     return tl.load(pointer + sample).to(tl.float32)
+
+
+@triton.jit
+def add_shares(pointer, PARTS: tl.constexpr):
+    """Sum, in a fixed order, of the numbers that the parts of one sample have left."""
+    whole = 0.0
+    for first in range(0, PARTS, _SHARES):
+        share = first + tl.arange(0, _SHARES)
+        whole += tl.sum(tl.load(pointer + share, mask=share < PARTS, other=0.0))
+    return whole

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fastdistill.kernels._sample import (
+    add_shares,
     check_storage,
     cut,
     load_block,
@@ -26,7 +27,6 @@ from fastdistill.kernels._sample import (
 )
 
 NORMALISER_FLOOR = tl.constexpr(1e-6)
-_SHARES = tl.constexpr(1_024)
 
 
 @triton.jit
@@ -112,11 +112,7 @@ def _matching_kernel(
         whole = residual  # used only where this program has the whole sample
     else:
         residual = tl.load(residual_ptr + (i * PARTS + part))
-        whole = 0.0
-        for first in range(0, PARTS, _SHARES):
-            share = first + tl.arange(0, _SHARES)
-            shares = tl.load(residual_ptr + i * PARTS + share, mask=share < PARTS, other=0.0)
-            whole += tl.sum(shares)
+        whole = add_shares(residual_ptr + i * PARTS, PARTS)
 
     factor = tl.full([], 1.0, tl.float32)
     if weight_ptr is not None:

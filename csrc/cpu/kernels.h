@@ -85,6 +85,93 @@ struct MatchingSums {
   }
 };
 
+/// Sums over a sample's E = D_phi - D_psi and R = D_phi - x0, with d = E or sign(E)
+/// (ops/projection.py).
+struct ProjectionSums {
+  double squared_gap = 0, gap_along = 0, residual_along = 0, residual = 0;
+
+  void operator+=(const ProjectionSums& other) {
+    squared_gap += other.squared_gap;        // E^2
+    gap_along += other.gap_along;            // d E
+    residual_along += other.residual_along;  // d R
+    residual += other.residual;              // |R|
+  }
+};
+
+/// cotangent = of_residual R + of_direction d, for one sample; 0 where it was dropped.
+template <class T>
+struct ProjectionGradient {
+  Sink cotangent;
+  T of_residual, of_direction;
+  bool dropped;
+};
+
+/// E = a x_t + b F - target, or - (target_a target_x + target_b target), and
+/// cotangent = factor b d with d = E or sign(E), for one sample (ops/consistency.py).
+template <class T>
+struct Consistency {
+  Source prediction, x_t, target, target_x;
+  Sink cotangent;
+  bool elementwise;
+  T a, b, target_a, target_b, factor;
+};
+
+/// result = of_x x + of_mean mean + addend, for one sample (ops/gaussian.py).
+template <class T>
+struct Affine {
+  Source x, mean, addend;
+  Sink result;
+  T of_x, of_mean;
+};
+
+/// result = (gains - rest) c, for one sample (ops/gaussian.py).
+template <class T>
+struct ScaleByGains {
+  Source c, gains;
+  Sink result;
+  T rest;
+};
+
+/// One sample and all components; `u` is the gradient of D (ops/mixture.py).
+template <class T>
+struct Mixture {
+  Source x, means, variances, u;
+  Sink out;
+  int64_t components, elements;
+  bool isotropic;  ///< whether a component has one variance
+  T alpha, alpha_square, sigma_square;
+};
+
+/// A contiguous range of parameters, up to the next group's begin, with decay = 1 - lr weight_decay
+/// and rate = lr / (1 - beta1^t) (ops/adamw.py).
+template <class T>
+struct AdamGroup {
+  int64_t begin;
+  T decay, rate;
+};
+
+/// average = lerp(average, parameter, weight)
+template <class T>
+struct AdamAverage {
+  T* average;
+  T weight;
+};
+
+/// Everything that one update needs; the chunk says for which elements.
+template <class T>
+struct Adam {
+  T *parameter, *exp_avg, *exp_avg_sq;
+  Source gradient;
+  Sink copy;
+  NoiseKey key;  ///< without its sample
+  bool stochastic;
+  const AdamGroup<T>* groups;
+  int64_t group_count;
+  const AdamAverage<T>* averages;
+  int64_t average_count;
+  T gradient_factor, weight1, beta2, weight2, correction2_root, eps;
+};
+
 /// The vectorised code of one instruction set, computing in T.
 template <class T>
 struct Kernels {
@@ -97,6 +184,22 @@ struct Kernels {
   double (*matching_gap)(const Matching<T>&, const Chunk&, T* gap);
   /// `gap` may be the cotangent's own memory.
   MatchingSums (*matching_gradient)(const MatchingGradient<T>&, const Chunk&, const T* gap);
+  /// The tensors are those of Matching; d is sign(E) if `elementwise`.
+  ProjectionSums (*projection_sums)(const Matching<T>&, bool elementwise, const Chunk&);
+  void (*projection_gradients)(const Matching<T>&, bool elementwise, const ProjectionGradient<T>*,
+                               int count, const Chunk&);
+  /// Returns the chunk's sum of E^2, or of |E| if elementwise.
+  double (*consistency_distance)(const Consistency<T>&, const Chunk&);
+  void (*consistency_gradient)(const Consistency<T>&, const Chunk&);
+  void (*affine)(const Affine<T>&, const Chunk&);
+  void (*scale_by_gains)(const ScaleByGains<T>&, const Chunk&);
+  /// Add to one sum for each component.
+  void (*mixture_distances)(const Mixture<T>&, const Chunk&, double* sums);
+  void (*mixture_projections)(const Mixture<T>&, const Chunk&, double* sums);
+  void (*mixture_mean)(const Mixture<T>&, const Chunk&, const T* weights);
+  void (*mixture_gradient)(const Mixture<T>&, const Chunk&, const T* weights, const T* pulls);
+  double (*sum_of_squares)(const Source&, const Chunk&);
+  void (*adamw)(const Adam<T>&, const Chunk&);
 };
 
 /// Kernels for the best instruction set of this machine, or for the lesser one that the environment

@@ -36,11 +36,14 @@ inline void check_cpu(const Tensor& tensor, const char* name) {
 /// Samples and elements a sample of a batch [B, ...].
 struct Shape {
   int64_t samples, elements;
+  Shape(int64_t samples, int64_t elements) : samples(samples), elements(elements) {}
   explicit Shape(const Tensor& batch) {
     STD_TORCH_CHECK(batch.dim() >= 1, "expected a batch [B, ...], got a scalar");
     samples = batch.size(0);
     elements = samples == 0 ? 0 : batch.numel() / samples;
   }
+  /// All elements as one sample.
+  static Shape flat(const Tensor& range) { return {1, range.numel()}; }
 };
 
 /// A sample-like argument: contiguous, with as many elements as the batch.

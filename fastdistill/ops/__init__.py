@@ -2,26 +2,45 @@
 
 from fastdistill.ops._arguments import Coefficients
 from fastdistill.ops._backend import choose_backend, load_extension, use_backend
+from fastdistill.ops._distance import Distance
+from fastdistill.ops.adamw import adamw_ema_
+from fastdistill.ops.consistency import ConsistencyCotangent, consistency_cotangent
 from fastdistill.ops.denoising import DenoisingCotangent, denoising_cotangent
 from fastdistill.ops.density_ratio import DensityRatioWeight, density_ratio_weight, log_snr_bin
+from fastdistill.ops.gaussian import Transported, gaussian_denoise, gaussian_transport
 from fastdistill.ops.matching import MatchingCotangent, matching_cotangent
+from fastdistill.ops.mixture import MixtureDenoised, mixture_denoise
 from fastdistill.ops.noise import normal, uniform
+from fastdistill.ops.norm import sum_of_squares
+from fastdistill.ops.projection import ProjectionCotangents, projection_cotangents
 from fastdistill.ops.renoise import Renoised, renoise
 
 __all__ = [
     "Coefficients",
+    "ConsistencyCotangent",
     "DenoisingCotangent",
     "DensityRatioWeight",
+    "Distance",
     "MatchingCotangent",
+    "MixtureDenoised",
+    "ProjectionCotangents",
     "Renoised",
+    "Transported",
+    "adamw_ema_",
     "choose_backend",
+    "consistency_cotangent",
     "denoising_cotangent",
     "density_ratio_weight",
+    "gaussian_denoise",
+    "gaussian_transport",
     "load_extension",
     "log_snr_bin",
     "matching_cotangent",
+    "mixture_denoise",
     "normal",
+    "projection_cotangents",
     "renoise",
+    "sum_of_squares",
     "uniform",
     "use_backend",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastdistill.ops._arguments import per_sample
 from fastdistill.ops._backend import choose_backend
 
 _library = torch.library.Library("fastdistill", "DEF")
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class Op:
@@ -32,6 +32,7 @@ class Op:
         batch_outputs: how many results there are, each with the batch as dimension 0.
         replicated: positions of tensor arguments without a batch dimension (DTensor keeps them
             whole); None where the whole batch is needed at once, so that nothing is sharded.
+        summed: whether results are sums over the batch, so that those of shards add up.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Op:
         kernel: str,
         batch_outputs: int = 1,
         replicated: tuple[int, ...] | None = (),
+        summed: bool = False,
     ) -> None:
         self.name = name
         self.reference = reference
         self._kernel = kernel
         self.replicated = replicated
         self._batch_outputs = batch_outputs
+        self.summed = summed
         self._launchers: dict[str, Callable[..., Any]] = {"reference": reference}
         self._dtensor_ready = False
         _library.define(f"{name}{schema}")
@@ -64,23 +67,37 @@ class Op:
             f"fastdistill::{self.name}", backward, setup_context=setup_context, lib=_library
         )
 
-    def register_cotangent(self, scale: int, loss: Callable[[Tensor], Tensor]) -> None:
-        """Make an op that returns (cotangent of its first argument, losses) a differentiable loss.
+    def register_cotangent(
+        self,
+        scale: int,
+        loss: Callable[[Tensor], Tensor],
+        cotangents: Mapping[int, int] | None = None,
+    ) -> None:
+        """Make an op that returns cotangents and, last, its losses a differentiable loss.
 
         Args:
-            scale: position of the argument that scales the cotangent but not the losses.
-            loss: finds the loss of each sample [B] in the gradient of the second result.
+            scale: position of the argument that scales the cotangents but not the losses.
+            loss: finds the loss of each sample [B] in the gradient of the last result.
+            cotangents: for the position of each differentiable argument that of its cotangent
+                among the results; the first argument's is the first result if absent.
         """
+        places = {0: 0} if cotangents is None else dict(cotangents)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(output[0])
-            ctx.mark_non_differentiable(output[0])
-            ctx.scale, ctx.dtype, ctx.inputs = inputs[scale], inputs[0].dtype, len(inputs)
+            found = [output[place] for place in places.values()]
+            ctx.save_for_backward(*found)
+            ctx.mark_non_differentiable(*output[:-1])
+            ctx.scale, ctx.inputs = inputs[scale], len(inputs)
+            ctx.dtypes = [getattr(inputs[place], "dtype", None) for place in places]
 
-        def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-            (cotangent,) = ctx.saved_tensors
-            factor = per_sample(loss(grad), cotangent, grad.dtype) / ctx.scale
-            return (factor * cotangent).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            result: list[Tensor | None] = [None] * ctx.inputs
+            factor = loss(grads[-1]) / ctx.scale
+            for place, cotangent, dtype in zip(places, ctx.saved_tensors, ctx.dtypes, strict=True):
+                if ctx.needs_input_grad[place]:
+                    wide = per_sample(factor, cotangent, factor.dtype)
+                    result[place] = (wide * cotangent).to(dtype)
+            return tuple(result)
 
         self.register_autograd(backward, setup_context)
 
@@ -94,13 +111,15 @@ class Op:
         """Whether a call with ``args`` must go through torch's dispatcher."""
         if torch.compiler.is_compiling():
             return True
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        if any(type(value) not in _PLAIN for value in tensors):
-            self._register_dtensor_rule(tensors)
-            return True
-        if tensors[0].device.type == "meta":
-            return True
-        return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+        grad = torch.is_grad_enabled()
+        for value in args:
+            if type(value) in _PLAIN:
+                if value.is_meta or (grad and value.requires_grad):
+                    return True
+            elif isinstance(value, Tensor):
+                self._register_dtensor_rule(args)
+                return True
+        return False
 
     def _launch(self, *args: Any) -> Any:
         backend = choose_backend(args[0])
@@ -121,14 +140,14 @@ class Op:
             ) from error
         return getattr(module, self.name)
 
-    def _register_dtensor_rule(self, tensors: Sequence[Tensor]) -> None:
+    def _register_dtensor_rule(self, args: Sequence[Any]) -> None:
         """Teach DTensor, once and only when it appears, how this op is sharded."""
         if self._dtensor_ready:
             return
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
         from torch.distributed.tensor.experimental import register_sharding
 
-        if not any(isinstance(value, DTensor) for value in tensors):
+        if not any(isinstance(value, DTensor) for value in args):
             return
         self._dtensor_ready = True
 
@@ -142,7 +161,8 @@ class Op:
                     (Replicate() if index in kept else placement) if is_tensor else None
                     for index, is_tensor in enumerate(tensors)
                 ]
-                return [placement] * self._batch_outputs, inputs
+                shared = Partial() if self.summed and placement.is_shard() else placement
+                return [shared] * self._batch_outputs, inputs
 
             whole = placed(Replicate())
             return [whole] if self.replicated is None else [whole, placed(Shard(0))]

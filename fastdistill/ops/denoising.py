@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastdistill.ops._arguments import (
     Coefficients,
+    Layout,
     check_batch,
     check_like,
     check_sample,
@@ -120,8 +121,8 @@ def denoising_cotangent(
     check_like(prediction, x0=x0, x_t=x_t)
     check_scale(scale)
     check_batch(prediction, a=coefficients.a, b=coefficients.b, weight=weight)
-    return DenoisingCotangent(
-        *_denoising_cotangent(
-            prediction.contiguous(), x0.contiguous(), x_t.contiguous(), *coefficients, weight, scale
-        )
+    layout = Layout.of(prediction)
+    cotangent, loss = _denoising_cotangent(
+        *map(layout.pack, (prediction, x0, x_t)), *coefficients, weight, scale
     )
+    return DenoisingCotangent(layout.unpack(cotangent), loss)

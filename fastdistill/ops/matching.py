@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastdistill.ops._arguments import (
     Coefficients,
+    Layout,
     check_batch,
     check_like,
     check_sample,
@@ -193,20 +194,21 @@ def matching_cotangent(
         raise ValueError(f"guidance_scale is {guidance_scale}, which needs teacher_uncond")
     if critic_uncond is None and esd_lambda != 0.0:
         raise ValueError(f"esd_lambda is {esd_lambda}, which needs critic_uncond")
+    layout = Layout.of(x0)
     cotangent, statistics = _matching_cotangent(
-        x0.contiguous(),
-        x_t.contiguous(),
-        teacher.contiguous(),
+        layout.pack(x0),
+        layout.pack(x_t),
+        layout.pack(teacher),
         *teacher_coefficients,
-        critic.contiguous(),
+        layout.pack(critic),
         *critic_coefficients,
-        None if teacher_uncond is None else teacher_uncond.contiguous(),
+        layout.pack_optional(teacher_uncond),
         guidance_scale,
-        None if critic_uncond is None else critic_uncond.contiguous(),
+        layout.pack_optional(critic_uncond),
         esd_lambda,
         weight,
         normalise,
         scale,
         dtype or x0.dtype,
     )
-    return MatchingCotangent(cotangent, *statistics.unbind(1))
+    return MatchingCotangent(layout.unpack(cotangent), *statistics.unbind(1))

@@ -11,8 +11,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_backend
 import pytest
 import torch
+from cpu_backend import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    assert_same_bits,
+    by_shape,
+    by_storage,
+    check,
+    cpu,
+    denoising_args,
+    density_ratio_args,
+    every_op,
+    key,
+    matching_args,
+    random,
+    renoise_args,
+    threads,
+)
 from torch import Tensor
 
 from fastdistill.ops import _backend
@@ -22,158 +42,7 @@ from fastdistill.ops.matching import _matching_cotangent
 from fastdistill.ops.noise import _normal, _uniform
 from fastdistill.ops.renoise import _renoise
 
-pytestmark = pytest.mark.skipif(
-    _backend.extension_path() is None, reason="the C++ extension is not built"
-)
-
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SHAPES = [(5, 1), (5, 7), (3, 11, 93), (2, 4, 32, 32), (1, 65536 + 3)]
-#         x0    x_t   teacher/prediction, critic, unconditional outputs, coefficients
-STORAGE = {
-    "float32": (F32, F32, F32, F32, F32, F32),
-    "bfloat16": (BF16, BF16, BF16, BF16, BF16, F32),
-    "float16": (F16, F16, F16, F16, F16, F16),
-    "mixed": (F32, F16, BF16, F16, F64, BF16),
-    "mixed_bfloat16": (BF16, F32, F64, F32, F16, F64),
-    "float64": (F64, F64, F64, F64, F64, F64),
-    "mixed_float64": (F64, F32, BF16, F16, F32, F32),
-}
-by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-by_storage = pytest.mark.parametrize("storage", list(STORAGE))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Only the comparison of thread counts needs more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def cpu(op):
-    """The C++ implementation of an op."""
-    assert _backend.load_extension()
-    return getattr(torch.ops.fastdistill_cpu, op.name).default
-
-
-def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def key(seed: int = 1, stream: int = 2, step: int = 3) -> Tensor:
-    return torch.tensor([seed, stream, step])
-
-
-def in_float64(value):
-    """The same argument in double precision."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return F64 if isinstance(value, torch.dtype) else value
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute error of the finite elements; the others must agree in kind."""
-    finite = truth.isfinite()
-    assert torch.equal(finite, value.isfinite())
-    torch.testing.assert_close(value[~finite].double(), truth[~finite], equal_nan=True)
-    return (value.double() - truth)[finite].abs().amax().item() if finite.any() else 0.0
-
-
-def check(op, *args, slack: float = 0.0) -> None:
-    """The C++ results have the reference's shapes and dtypes and at most twice its error."""
-    ours, plain = cpu(op)(*args), op.reference(*args)
-    truth = op.reference(*map(in_float64, args))
-    for value, reference, exact in zip(ours, plain, truth, strict=True):
-        assert value.shape == reference.shape
-        assert value.dtype == reference.dtype
-        if value.numel() == 0:
-            continue
-        largest = exact[exact.isfinite()].abs().amax().item() if exact.isfinite().any() else 0.0
-        # One last place of the compute type; in float64 the reference is its own truth, up to the
-        # order of its sums.
-        place = 1e-12 if value.dtype == F64 else torch.finfo(F32).eps
-        assert error(value, exact) <= 2 * error(reference, exact) + place * largest + slack
-
-
-def matching_args(shape, storage="float32", options="all", dtype=None):
-    """Arguments of `matching_cotangent`; `options` names which optional ones are present."""
-    x0, x_t, teacher, critic, uncond, coefficient = STORAGE[storage]
-    batch = shape[0]
-    present = options == "all"
-    return (
-        random(*shape, dtype=x0, seed=1),
-        random(*shape, dtype=x_t, seed=2),
-        random(*shape, dtype=teacher, seed=3),
-        random(batch, dtype=coefficient, seed=4),
-        random(batch, dtype=coefficient, seed=5),
-        random(*shape, dtype=critic, seed=6),
-        random(batch, dtype=coefficient, seed=7),
-        random(batch, dtype=coefficient, seed=8),
-        random(*shape, dtype=uncond, seed=9) if present or options == "guided" else None,
-        7.5 if present or options == "guided" else 1.0,
-        random(*shape, dtype=uncond, seed=10) if present else None,
-        0.3 if present else 0.0,
-        random(batch, dtype=coefficient, seed=11).abs() if present else None,
-        options != "plain",
-        1.0 / max(batch, 1),
-        dtype or x0,
-    )
-
-
-def denoising_args(shape, storage="float32", weighted=True):
-    x0, x_t, prediction, _, _, coefficient = STORAGE[storage]
-    return (
-        random(*shape, dtype=prediction, seed=1),
-        random(*shape, dtype=x0, seed=2),
-        random(*shape, dtype=x_t, seed=3),
-        random(shape[0], dtype=coefficient, seed=4),
-        random(shape[0], dtype=coefficient, seed=5),
-        random(shape[0], dtype=coefficient, seed=6).abs() if weighted else None,
-        0.25,
-    )
-
-
-def renoise_args(shape, storage="float32", scaled=True, input_dtype=BF16):
-    dtype, coefficient = STORAGE[storage][0], STORAGE[storage][-1]
-    return (
-        random(*shape, dtype=dtype, seed=1),
-        random(shape[0], dtype=coefficient, seed=2),
-        random(shape[0], dtype=coefficient, seed=3),
-        key(),
-        torch.arange(shape[0]) + 1000,
-        random(shape[0], dtype=coefficient, seed=4) if scaled else None,
-        input_dtype,
-    )
-
-
-def density_ratio_args(logits=F32, history=F32, samples=37, heads=3, exponent=-1.5):
-    seen = torch.stack((3 * random(8, seed=3).abs(), 2 * random(8, seed=4).abs()), dim=1)
-    return (
-        3 * random(samples, heads, dtype=logits, seed=1),
-        torch.randint(0, 8, (samples,), generator=torch.Generator().manual_seed(2)),
-        seen.to(history),
-        *(0.7, 1.0, 0.5, exponent, 0.9, 1.0, 10.0, 0.1, 20.0),
-    )
-
-
-def every_op(shape) -> list[Tensor]:
-    """All results of all ops, for comparisons bit by bit."""
-    results = []
-    for storage in STORAGE:
-        results += cpu(_matching_cotangent)(*matching_args(shape, storage))
-        results += cpu(_denoising_cotangent)(*denoising_args(shape, storage))
-        results += cpu(_renoise)(*renoise_args(shape, storage))
-    for dtype in (F32, BF16, F16, F64):
-        for op in (_normal, _uniform):
-            results.append(cpu(op)(key(), torch.arange(shape[0]), list(shape[1:]), dtype))
-    return [*results, *cpu(_density_ratio_weight)(*density_ratio_args())]
-
-
-def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+pytestmark = cpu_backend.needs_extension
 
 
 class TestMatching:
@@ -352,8 +221,8 @@ class TestEveryOp:
     @pytest.mark.parametrize("shape", [(1, 3 * 16384 + 5), (3, 20000), (40, 700)], ids=str)
     def test_same_bits_for_any_number_of_threads(self, shape):
         one = every_op(shape)
-        torch.set_num_threads(2)
-        assert_same_bits(one, every_op(shape))
+        with threads(2):
+            assert_same_bits(one, every_op(shape))
 
     def test_a_sample_does_not_depend_on_its_batch(self):
         args = matching_args((6, 17000))
@@ -367,7 +236,7 @@ class TestEveryOp:
     def test_same_bits_from_every_instruction_set(self, level, tmp_path):
         path = tmp_path / "results.pt"
         subprocess.run(
-            [sys.executable, __file__, path],
+            [sys.executable, cpu_backend.__file__, path],
             env={**os.environ, "FASTDISTILL_CPU_CAPABILITY": level},
             cwd=Path(_backend.__file__).parents[2],
             check=True,
@@ -391,7 +260,3 @@ class TestEveryOp:
             cpu(_density_ratio_weight)(*ratio)
         with pytest.raises(RuntimeError, match="key is not an int64 vector of 3"):
             cpu(_normal)(torch.zeros(2, dtype=torch.int64), torch.arange(2), [3], F32)
-
-
-if __name__ == "__main__":
-    torch.save(every_op((3, 5003)), sys.argv[1])

@@ -5,81 +5,108 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from calls import calls, map_tensors, outcome
 
+from fastdistill import ops
 from fastdistill.diffusion import Epsilon, Noise
 from fastdistill.functional import distribution_matching_loss
 from fastdistill.ops import use_backend
-from fastdistill.ops.denoising import _denoising_cotangent
-from fastdistill.ops.density_ratio import _density_ratio_weight
 from fastdistill.ops.matching import _matching_cotangent
-from fastdistill.ops.noise import _normal, _uniform
-from fastdistill.ops.renoise import _renoise
 
-
-def arguments(batch: int = 3, dtype: torch.dtype = torch.float32, grad: bool = False) -> dict:
-    """A call of every op, by op."""
-    generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(batch, 2, 4, 4, generator=generator).to(dtype) for _ in range(5)]
-    a, b = torch.rand(batch, generator=generator), torch.rand(batch, generator=generator)
-    key, index = Noise(1).key("x"), torch.arange(batch)
-    logits = torch.randn(batch, 2, generator=generator)
-    bins = index % 4
-    live = x[0].clone().requires_grad_(grad)
-    return {
-        _normal: (key, index, [2, 3], dtype),
-        _uniform: (key, index, [5], torch.float32),
-        _renoise: (live, a, b, key, index, a, torch.bfloat16),
-        _denoising_cotangent: (live, x[1], x[2], a, b, a, 0.5),
-        _matching_cotangent: (
-            *(live, x[1], x[2], a, b, x[3], a, b, x[4], 2.0, None, 0.0, a, True, 0.5),
-            torch.float32,
-        ),
-        _density_ratio_weight: (
-            *(logits, bins, torch.ones(4, 2), 1.0, 1.0, 1.0, -1.0, 0.9, 1.0, 10.0, 0.1),
-            20.0,
-        ),
-    }
-
-
-OPS = list(arguments())
+OPS = list(calls())
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck(op, backend):
     with use_backend(backend):
-        torch.library.opcheck(op.overload, arguments(grad=True)[op])
+        torch.library.opcheck(op.overload, calls(grad=True)[op])
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_eager_and_registered_calls_agree(op):
-    args = arguments()[op]
-    direct, registered = op(*args), op.overload(*args)
-    for mine, theirs in zip(_leaves(direct), _leaves(registered), strict=True):
+    direct, registered = (outcome(op, run, calls()[op]) for run in (op, op.overload))
+    for mine, theirs in zip(direct, registered, strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_meta_tensors_give_the_shapes_of_real_ones(op):
-    args = arguments()[op]
-    meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in args]
-    for mine, real in zip(_leaves(op(*meta)), _leaves(op(*args)), strict=True):
+    args = calls()[op]
+    meta = map_tensors(lambda value: value.to("meta"), args)
+    for mine, real in zip(outcome(op, op, meta), outcome(op, op, args), strict=True):
         assert (mine.shape, mine.dtype, mine.device.type) == (real.shape, real.dtype, "meta")
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_compiles_without_a_graph_break_at_any_batch(op):
+    torch._dynamo.reset()
     compiled = torch.compile(
         lambda *args: op(*args), fullgraph=True, backend="aot_eager", dynamic=True
     )
     for batch in (3, 5):
-        args = arguments(batch)[op]
-        for mine, eager in zip(_leaves(compiled(*args)), _leaves(op(*args)), strict=True):
-            torch.testing.assert_close(mine, eager)
+        found, eager = (outcome(op, run, calls(batch)[op]) for run in (compiled, op))
+        for mine, theirs in zip(found, eager, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def public_losses() -> dict[str, Callable[..., torch.Tensor]]:
+    """Every differentiable public function as a scalar of one live tensor."""
+    generator = torch.Generator().manual_seed(1)
+    x = [torch.randn(3, 2, 4, 4, generator=generator) for _ in range(4)]
+    a, b = (torch.rand(3, generator=generator) + 0.3 for _ in range(2))
+    pair, key, index = ops.Coefficients(a, b), Noise(1).key("x"), torch.arange(3)
+    flat = torch.randn(5, 32, generator=generator)
+    basis, _ = torch.linalg.qr(flat.T)
+    huber = ops.Distance.pseudo_huber(0.3)
+    return {
+        "renoise": lambda live: ops.renoise(live, a, b, key, index, a).model_input.square().sum(),
+        "denoising": lambda live: ops.denoising_cotangent(live, x[0], x[1], pair).loss.sum(),
+        "matching": lambda live: ops.matching_cotangent(
+            live, x[0], x[1], pair, x[2], pair
+        ).loss.sum(),
+        "projection": lambda live: ops.projection_cotangents(
+            x[0],
+            live,
+            live * 2,
+            pair,
+            live.sin(),
+            pair,
+            distance=huber,
+            teacher_uncond=x[1],
+            guidance_scale=2.0,
+        ).loss.sum(),
+        "consistency": lambda live: ops.consistency_cotangent(
+            live, x[0], pair, x[1], distance=huber
+        ).loss.sum(),
+        "transport": lambda live: (
+            ops.gaussian_transport(live, flat[0], basis, torch.ones(5), a, b, b, a, denoise=True)
+            .denoised.square()
+            .sum()
+        ),
+        "mixture": lambda live: (
+            ops.mixture_denoise(live.flatten(1), a, b, flat, torch.ones(5)).denoised.square().sum()
+        ),
+    }
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", list(public_losses()))
+def test_public_functions_compile_with_their_gradients(name, memory_format):
+    loss = public_losses()[name]
+    live = torch.randn(3, 2, 4, 4).to(memory_format=memory_format).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    values = [run(live) for run in (loss, compiled)]
+    gradients = [torch.autograd.grad(value, live)[0] for value in values]
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.slow
@@ -120,7 +147,7 @@ def test_a_fused_loss_survives_checkpointing_and_vmap_free_retracing():
 
 def test_a_coefficient_pair_is_enough_for_every_backend():
     """Coefficients may be expanded scalars, as a sampler's constant time makes them."""
-    args = list(arguments()[_matching_cotangent])
+    args = list(calls()[_matching_cotangent])
     constant = torch.tensor(0.7).expand(3)
     args[3], args[4] = constant, constant
     results = []
@@ -140,7 +167,3 @@ def test_sharded_batches_on_two_ranks_equal_one():
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def _leaves(result):
-    return result if isinstance(result, tuple) else (result,)

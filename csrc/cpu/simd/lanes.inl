@@ -22,6 +22,7 @@ inline __attribute__((always_inline)) void for_each_lane(int64_t count, Body bod
   for (; row + kLanes <= count; row += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) body(row + lane, lane);
+    __asm__ volatile("");  // or GCC takes two rows at a time and keeps the sums in memory
   }
   for (int lane = 0; row + lane < count; ++lane) body(row + lane, lane);
 }
