@@ -1,1 +1,4 @@
-"""Microbenchmarks: ``python -m bench`` prints every op beside its rivals."""
+"""Microbenchmarks: ``make bench`` or `fastdistill bench` shows every op beside its rivals.
+
+`harness` proves and times, `bench_<op>` holds an op's cases, `device` is the run for a GPU.
+"""

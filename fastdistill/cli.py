@@ -1,4 +1,4 @@
-"""The command line: train, resume, sample, evaluate, info."""
+"""The command line: train, resume, sample, evaluate, info, bench."""
 
 from __future__ import annotations
 
@@ -111,6 +111,32 @@ def evaluate(run: RunFolder) -> None:
     student = load_denoiser(run / "student", job.device).denoiser
     summary, _ = job.evaluate(teacher, student)
     _print_comparison(summary)
+
+
+@app.command()
+def bench(
+    ops: Annotated[str | None, typer.Option(help="Ops with commas between; all if absent.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="One case an op, for less time.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of bench.json and the charts.")
+    ] = Path("runs/bench"),
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two bench.json files: say what moved, and measure nothing."),
+    ] = None,
+) -> None:
+    """Time every op beside its rivals, or compare two such runs."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / "command.py").exists():
+        raise ValueError("the benchmarks are not part of an installation; run this in a checkout")
+    sys.path.insert(0, str(checkout))
+    from bench import command
+
+    if compare is not None:
+        command.show_comparison(*compare)
+    elif not command.run(ops, device, quick, output):
+        raise typer.Exit(1)
 
 
 @app.command()
