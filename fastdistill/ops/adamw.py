@@ -103,7 +103,7 @@ def _reference(
     decay = 1 - rate * _per_element(weight_decay, starts, parameter)
 
     g = gradient.to(compute) * factor
-    m = beta1 * exp_avg + (1 - beta1) * g
+    m = exp_avg.lerp(g, 1 - beta1)
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     denominator = v.sqrt() / correction2.sqrt().to(compute) + eps
     p = parameter * decay.to(compute) - (rate / correction1).to(compute) * m / denominator
@@ -111,7 +111,7 @@ def _reference(
     updates = [(parameter, p), (exp_avg, m), (exp_avg_sq, v)]
     for ema, wanted in zip(emas, ema_decays, strict=True):
         kept = early.clamp(max=wanted) if ema_warmup else torch.full_like(early, wanted)
-        updates.append((ema, ema + (1 - kept).to(compute) * (p - ema)))
+        updates.append((ema, ema.lerp(p, (1 - kept).to(compute))))
     if copy is not None:
         rounded = p.to(copy.dtype) if key is None else _stochastic_bfloat16(p, key)
         updates.append((copy, rounded))

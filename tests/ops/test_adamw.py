@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 
@@ -71,6 +73,26 @@ def test_ten_updates_are_those_of_torch(max_norm, backend):
     assert state.step == moments["step"] == 10
     place = 2.0**-7 if backend == "triton" else 2.0**-8  # the interpreter truncates
     torch.testing.assert_close(state.copy.float(), state.parameter, rtol=place, atol=0)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch fuses otherwise elsewhere")
+def test_updates_on_the_cpu_are_torchs_bit_by_bit():
+    """But for what torch's vectors leave over at the end, which it computes in another order."""
+    state = State(4096)
+    average = state.emas[0].clone()
+    parameter = torch.nn.Parameter(state.parameter.clone())
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1, fused=True)
+    for step in range(20):
+        parameter.grad = random(4096, seed=step)
+        optimizer.step()
+        average.lerp_(parameter.detach(), 0.1)
+        with use_backend("cpu"):
+            state.update(parameter.grad, weight_decay=0.1)
+    moments = optimizer.state[parameter]
+    assert torch.equal(state.parameter, parameter)
+    assert torch.equal(state.exp_avg, moments["exp_avg"])
+    assert torch.equal(state.exp_avg_sq, moments["exp_avg_sq"])
+    assert torch.equal(state.emas[0], average)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
