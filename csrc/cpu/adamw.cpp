@@ -85,7 +85,7 @@ void adamw_ema_(const Tensor& parameter, const Tensor& gradient, const Tensor& e
     of.gradient = source(gradient, shape, "gradient");
     if (copy) {
       source(*copy, shape, "copy");
-      of.copy = sink(*copy);
+      of.copy = final_sink(*copy, shape);
     }
     if (key) of.key = common_key(*key);
     of.stochastic = key.has_value();

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <memory>
 #include <tuple>
 
 #include "cpu/parallel.h"
@@ -46,11 +47,21 @@ struct Job {
   T* loss;
   double scale;
 
-  /// Samples begin..end-1: their distances, then their gradients.
+  /// Samples begin..end-1: their distances, then their gradients. E waits for its factor in the
+  /// cotangent's own memory, or beside it where that is stored in another type or past the cache.
   void run(int64_t begin, int64_t end) const {
+    const Sink& cotangent = tensors.cotangent;
+    const int64_t start = begin * chunks.shape.elements;
+    std::unique_ptr<T[]> memory;
+    T* residual = static_cast<T*>(cotangent.data) + start;
+    if (cotangent.storage != kStorageOf<T> || cotangent.past_cache) {
+      memory.reset(new T[(end - begin) * chunks.shape.elements]);
+      residual = memory.get();
+    }
     PartialSums<double> sums(chunks, begin, end);
     parallel_over_chunks(chunks, begin, end, [&](const Chunk& chunk) {
-      sums[chunk] = kernels.consistency_distance(sample(chunk.sample), chunk);
+      sums[chunk] = kernels.consistency_distance(sample(chunk.sample), chunk,
+                                                 residual + (chunk.offset - start));
     });
     std::vector<T> factors;
     for (int64_t i = begin; i < end; ++i) {
@@ -61,7 +72,7 @@ struct Job {
     parallel_over_chunks(chunks, begin, end, [&](const Chunk& chunk) {
       Consistency<T> at = sample(chunk.sample);
       at.factor = factors[chunk.sample - begin];
-      kernels.consistency_gradient(at, chunk);
+      kernels.consistency_gradient(at, chunk, residual + (chunk.offset - start));
     });
   }
 
@@ -96,7 +107,7 @@ std::tuple<Tensor, Tensor> consistency_cotangent(
     tensors.x_t = source(x_t, shape, "x_t");
     tensors.target = source(target, shape, "target");
     tensors.target_x = source(target_x, shape, "target_x");
-    tensors.cotangent = sink(cotangent);
+    tensors.cotangent = final_sink(cotangent, shape);
     tensors.elementwise = elementwise;
     const Job<T> job{
         kernels<T>(),

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> denoising_cotangent(const Tensor& prediction, const T
     tensors.prediction = source(prediction, shape, "prediction");
     tensors.x0 = source(x0, shape, "x0");
     tensors.x_t = source(x_t, shape, "x_t");
-    tensors.cotangent = sink(cotangent);
+    tensors.cotangent = final_sink(cotangent, shape);
     tensors.gradient_scale = static_cast<T>(2 * scale / static_cast<double>(shape.elements));
     const Coefficients<T> of{per_sample<T>(a, shape, "a"), per_sample<T>(b, shape, "b"),
                              per_sample<T>(weight, shape, "weight")};

@@ -22,6 +22,7 @@ struct Source {
 struct Sink {
   void* data = nullptr;
   Storage storage = Storage::float32;
+  bool past_cache = false;  ///< whether to write to memory without reading its lines first
   explicit operator bool() const { return data != nullptr; }
 };
 
@@ -188,9 +189,10 @@ struct Kernels {
   ProjectionSums (*projection_sums)(const Matching<T>&, bool elementwise, const Chunk&);
   void (*projection_gradients)(const Matching<T>&, bool elementwise, const ProjectionGradient<T>*,
                                int count, const Chunk&);
-  /// Returns the chunk's sum of E^2, or of |E| if elementwise.
-  double (*consistency_distance)(const Consistency<T>&, const Chunk&);
-  void (*consistency_gradient)(const Consistency<T>&, const Chunk&);
+  /// Writes E of the chunk and returns its sum of E^2, or of |E| if elementwise.
+  double (*consistency_distance)(const Consistency<T>&, const Chunk&, T* residual);
+  /// `residual` may be the cotangent's own memory.
+  void (*consistency_gradient)(const Consistency<T>&, const Chunk&, const T* residual);
   void (*affine)(const Affine<T>&, const Chunk&);
   void (*scale_by_gains)(const ScaleByGains<T>&, const Chunk&);
   /// Add to one sum for each component.

@@ -39,7 +39,7 @@ struct Job {
     const int64_t first = begin * chunks.shape.elements;
     std::unique_ptr<T[]> memory;
     T* gap = static_cast<T*>(cotangent.data) + first;
-    if (cotangent.storage != kStorageOf<T>) {
+    if (cotangent.storage != kStorageOf<T> || cotangent.past_cache) {
       memory.reset(new T[(end - begin) * chunks.shape.elements]);
       gap = memory.get();
     }
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> matching_cotangent(
          per_sample<T>(critic_a, shape, "critic_a"), per_sample<T>(critic_b, shape, "critic_b"),
          per_sample<T>(weight, shape, "weight")},
         Chunks(shape),
-        sink(cotangent),
+        final_sink(cotangent, shape),
         static_cast<Statistics<T>*>(statistics.mutable_data_ptr()),
         normalise,
         static_cast<T>(scale / static_cast<double>(shape.elements))};

@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> mixture_denoise(const Tensor& x, const Tensor
   with_compute_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Components<T> components(x, alpha, sigma, means, variances);
-    components.tensors.out = sink(denoised);
+    components.tensors.out = final_sink(denoised, components.shape);
     const Shape one_each(means.size(0), 1);
     const Job<T> job{components, per_sample<double>(log_weights, one_each, "log_weights"),
                      static_cast<T*>(log_density.mutable_data_ptr()),
@@ -166,7 +166,7 @@ Tensor mixture_denoise_backward(const Tensor& x, const Tensor& alpha, const Tens
     using T = decltype(zero);
     Components<T> components(x, alpha, sigma, means, variances);
     components.tensors.u = source(grad_denoised, components.shape, "grad_denoised");
-    components.tensors.out = sink(grad);
+    components.tensors.out = final_sink(grad, components.shape);
     const Shape weights(components.shape.samples, components.tensors.components);
     const Source of_posterior = source(posterior, weights, "posterior");
     STD_TORCH_CHECK(of_posterior.storage == kStorageOf<T>,

@@ -15,7 +15,7 @@ using Draw = decltype(Kernels<T>::normal) Kernels<T>::*;
 template <class T>
 void fill(Draw<T> draw, const NoiseKeys& keys, const Tensor& out) {
   const Shape shape(out);
-  const Sink result = sink(out);
+  const Sink result = final_sink(out, shape);
   const auto kernel = kernels<T>().*draw;
   parallel_over_chunks(Chunks(shape), 0, shape.samples,
                        [&](const Chunk& chunk) { kernel(keys[chunk.sample], chunk, result); });

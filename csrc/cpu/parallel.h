@@ -12,6 +12,13 @@ namespace fastdistill {
 /// Fewer elements than this are not worth a second thread.
 constexpr int64_t kGrain = 16384;
 
+/// Makes what was written past the cache visible to other threads.
+inline void finish_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// The chunks of a batch, numbered sample by sample.
@@ -57,6 +64,7 @@ template <class Body>
 void parallel_over_chunks(const Chunks& chunks, int64_t begin, int64_t end, const Body& body) {
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t number = first; number < last; ++number) body(chunks[number]);
+    finish_stores();
   };
   const int64_t first = begin * chunks.per_sample, last = end * chunks.per_sample;
   if (last - first <= 1) return run(first, last);

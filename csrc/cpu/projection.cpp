@@ -137,6 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_cotangents
   const Tensor to_uncond = teacher_uncond ? empty(*teacher_uncond, teacher_uncond->scalar_type())
                                           : empty(x0, {shape.samples, 0}, dtype);
   const Tensor statistics = empty(x0, {shape.samples, 4}, compute_dtype(dtype));
+  const auto result = [&](const Tensor& to) { return final_sink(to, shape, kCotangents); };
   with_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     Matching<T> tensors{};
@@ -155,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_cotangents
          per_sample<double>(score_scale, shape, "score_scale")},
         {exponent, offset, alpha, guidance_scale, scale, elementwise, normalise},
         Chunks(shape),
-        {sink(to_x0), sink(to_x_t), sink(to_teacher), sink(to_critic), sink(to_uncond)},
+        {result(to_x0), result(to_x_t), result(to_teacher), result(to_critic),
+         teacher_uncond ? result(to_uncond) : Sink{}},
         static_cast<Statistics<T>*>(statistics.mutable_data_ptr())};
     parallel_over_samples(shape, [&](int64_t begin, int64_t end) { job.run(begin, end); });
   });

@@ -21,7 +21,8 @@ std::tuple<Tensor, Tensor> renoise(const Tensor& x0, const Tensor& alpha, const 
   const Tensor x_t = empty(x0, x0.scalar_type());
   const Tensor model_input =
       input_dtype ? empty(x0, *input_dtype) : empty(x0, {shape.samples, 0}, x0.scalar_type());
-  const Sink x_t_sink = sink(x_t), input_sink = input_dtype ? sink(model_input) : Sink{};
+  const Sink x_t_sink = final_sink(x_t, shape, 2),
+             input_sink = input_dtype ? final_sink(model_input, shape, 2) : Sink{};
 
   with_compute_type(x0.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -6,6 +6,7 @@ As a program it stores the results of every op, for comparison with other instru
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _backend
+from fastdistill.ops.adamw import _adamw_ema_
 from fastdistill.ops.consistency import _consistency_cotangent
 from fastdistill.ops.denoising import _denoising_cotangent
 from fastdistill.ops.density_ratio import _density_ratio_weight
 from fastdistill.ops.matching import _matching_cotangent
+from fastdistill.ops.mixture import _mixture_denoise, _mixture_denoise_backward
 from fastdistill.ops.noise import _normal, _uniform
+from fastdistill.ops.norm import _sum_of_squares
 from fastdistill.ops.projection import _projection_cotangents
 from fastdistill.ops.renoise import _renoise
 
@@ -213,6 +217,52 @@ def consistency_args(shape, storage="float32", distance="huber", options="all"):
     )
 
 
+def mixture_args(shape, storage="float32", isotropic=False, components=6):
+    """Arguments of `mixture_denoise`, with components near enough to share the samples."""
+    x, _, means, _, variances, coefficient = STORAGE[storage]
+    elements = math.prod(shape[1:])
+    spread = 1 if isotropic else elements
+    return (
+        random(*shape, dtype=x, seed=1),
+        random(shape[0], seed=2).abs().to(coefficient) + 0.5,
+        random(shape[0], seed=3).abs().to(coefficient) + 0.5,
+        (elements**-0.5 * random(components, elements, seed=4)).to(means),
+        random(components, spread, seed=5).abs().to(variances),
+        random(components, seed=6).log_softmax(0),
+    )
+
+
+def mixture_backward_args(shape, storage="float32", isotropic=False):
+    """Arguments of `mixture_denoise_backward` at the same samples."""
+    args = mixture_args(shape, storage, isotropic)
+    compute = torch.promote_types(args[0].dtype, F32)
+    posterior = random(shape[0], 6, seed=7).softmax(1).to(compute)
+    return (
+        *args[:5],
+        posterior,
+        random(*shape, dtype=STORAGE[storage][1], seed=8),
+        random(shape[0], seed=9),
+    )
+
+
+def adamw_args(size, gradient=F32):
+    """Arguments of `adamw_ema_` with every option, on new tensors."""
+    state = [random(size, seed=seed).abs() for seed in range(6)]
+    scalars = [torch.tensor(value) for value in (4.0, 2.0, 0.5)]
+    copy = torch.zeros(size, dtype=BF16)
+    return (
+        *(state[0], state[1].to(gradient), state[2], state[3], torch.tensor(3.0)),
+        *(state[4:], copy, *scalars, key(), [0, 5], [1e-2, 1e-3], [0.1, 0.0]),
+        *(0.9, 0.999, 1e-8, 1.0, [0.9, 0.99], True),
+    )
+
+
+def updated(args) -> list[Tensor]:
+    """Everything that `adamw_ema_` changes, after the C++ update."""
+    cpu(_adamw_ema_)(*args)
+    return [args[0], *args[2:4], args[4].reshape(1), *args[5], args[6]]
+
+
 def every_op(shape) -> list[Tensor]:
     """All results of all ops, for comparisons bit by bit."""
     results = []
@@ -220,12 +270,18 @@ def every_op(shape) -> list[Tensor]:
         results += cpu(_matching_cotangent)(*matching_args(shape, storage))
         results += cpu(_denoising_cotangent)(*denoising_args(shape, storage))
         results += cpu(_renoise)(*renoise_args(shape, storage))
+        for isotropic in (False, True):
+            results += cpu(_mixture_denoise)(*mixture_args(shape, storage, isotropic))
+            args = mixture_backward_args(shape, storage, isotropic)
+            results.append(cpu(_mixture_denoise_backward)(*args))
         for distance in DISTANCES:
             results += cpu(_projection_cotangents)(*projection_args(shape, storage, distance))
             results += cpu(_consistency_cotangent)(*consistency_args(shape, storage, distance))
     for dtype in (F32, BF16, F16, F64):
         for op in (_normal, _uniform):
             results.append(cpu(op)(key(), torch.arange(shape[0]), list(shape[1:]), dtype))
+        results.append(cpu(_sum_of_squares)(random(*shape).to(dtype)).reshape(1))
+        results += updated(adamw_args(math.prod(shape), dtype))
     return [*results, *cpu(_density_ratio_weight)(*density_ratio_args())]
 
 

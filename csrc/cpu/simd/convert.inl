@@ -138,26 +138,57 @@ __attribute__((noinline)) const T* load(const Source& source, int64_t offset, in
 /// Where to compute a block that `store` will put into `sink`: in place if it is stored in T.
 template <class T>
 inline T* destination(const Sink& sink, int64_t offset, Scratch<T>& scratch) {
-  return sink.storage == kStorageOf<T> ? static_cast<T*>(sink.data) + offset : scratch.value;
+  const bool in_place = sink.storage == kStorageOf<T> && !sink.past_cache;
+  return in_place ? static_cast<T*>(sink.data) + offset : scratch.value;
+}
+
+/// Copies to memory without reading its lines into the cache; `out` starts such a line.
+inline void copy_past_cache(const void* in, void* out, int64_t bytes) {
+  int64_t i = 0;
+#if defined(FASTDISTILL_AVX512)
+  for (; i + 64 <= bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(out) + i),
+                        _mm512_loadu_si512(static_cast<const char*>(in) + i));
+#elif defined(FASTDISTILL_AVX2)
+  for (; i + 32 <= bytes; i += 32)
+    _mm256_stream_si256(
+        reinterpret_cast<__m256i*>(static_cast<char*>(out) + i),
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(in) + i)));
+#endif
+  std::memcpy(static_cast<char*>(out) + i, static_cast<const char*>(in) + i, bytes - i);
+}
+
+/// Rounds a block to where it is stored, past the cache if the sink says so.
+template <class Stored, class T>
+inline void narrow_to(const Sink& sink, const T* block, int64_t offset, int64_t count) {
+  Stored* out = static_cast<Stored*>(sink.data) + offset;
+  if (!sink.past_cache) return narrow_block(block, out, count);
+  alignas(64) Stored rounded[kBlock];
+  narrow_block(block, rounded, count);
+  copy_past_cache(rounded, out, count * sizeof(Stored));
 }
 
 /// Rounds a computed block into `sink`; nothing to do where it was computed in place.
 template <class T>
 __attribute__((noinline)) void store(const T* block, const Sink& sink, int64_t offset,
                                      int64_t count) {
-  if (sink.storage == kStorageOf<T> && block == static_cast<const T*>(sink.data) + offset) return;
+  if (sink.storage == kStorageOf<T>) {
+    T* out = static_cast<T*>(sink.data) + offset;
+    if (sink.past_cache) copy_past_cache(block, out, count * sizeof(T));
+    if (sink.past_cache || block == out) return;
+  }
   switch (sink.storage) {
     case Storage::float32:
-      narrow_block(block, static_cast<float*>(sink.data) + offset, count);
+      narrow_to<float>(sink, block, offset, count);
       break;
     case Storage::bfloat16:
-      narrow_block(block, static_cast<BFloat16*>(sink.data) + offset, count);
+      narrow_to<BFloat16>(sink, block, offset, count);
       break;
     case Storage::float16:
-      narrow_block(block, static_cast<Float16*>(sink.data) + offset, count);
+      narrow_to<Float16>(sink, block, offset, count);
       break;
     case Storage::float64:
-      narrow_block(block, static_cast<double*>(sink.data) + offset, count);
+      narrow_to<double>(sink, block, offset, count);
       break;
   }
 }
