@@ -6,7 +6,7 @@
 Stages, each in a process of its own with a budget, so that one that fails, hangs or breaks the
 GPU's context takes no other with it:
 
-    tests       the tests marked `device` in tests/ops and tests/kernels
+    tests       the tests of tests/device
     sync        every op under `torch.cuda.set_sync_debug_mode("error")`: none waits for the host
     graphs      every op captured once and replayed on other inputs, equal to eager bit for bit
     suite       the benchmarks, timed with CUDA events
@@ -63,7 +63,7 @@ class Options:
         # Options of pyproject.toml are for plugins that may be missing.
         pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
         if stage == "tests":
-            where = ["tests/ops", "tests/kernels", "-m", "device"]
+            where = ["tests/device", "-m", "device"]
             return [*pytest, *where, "--continue-on-collection-errors"]
         if stage in ("memcheck", "racecheck"):
             sanitizer = ["compute-sanitizer", "--tool", stage, "--error-exitcode", "9"]
@@ -119,6 +119,8 @@ def _run_stage(name: str, options: Options, budget: float, log: Path) -> Outcome
         return Outcome(name, "skipped", 0.0, f"{command[0]} is not installed")
     gpu = options.device.type == "cuda"
     environment = os.environ | {"TRITON_INTERPRET": "0" if gpu else "1", "PYTHONUNBUFFERED": "1"}
+    if not gpu:
+        environment["FASTDISTILL_DEVICE_TESTS"] = "cpu"
     if name.endswith("check"):
         # Every tensor in an allocation of its own, so that what lies beside it is out of bounds.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
