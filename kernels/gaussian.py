@@ -1,4 +1,4 @@
-"""The affine map of a Gaussian's exact diffusion: a product with a tall basis and one with its transpose.
+"""The affine map of a Gaussian's exact diffusion: products with a tall basis and its transpose.
 
 A program of the first launch has a range of the sample and a block of directions, and leaves its
 share of c; the shares are summed in a fixed order by torch, since every program of the second
@@ -29,7 +29,7 @@ _DIRECTIONS = 64
 _ELEMENTS = 64
 _PROGRAMS = 256  # of the first launch, about; fewer where a range would be below _SHORTEST
 _SHORTEST = 4 * _ELEMENTS
-# Samples of a program, and its warps; 64 with a float32 basis spill where TF32 is multiplied thrice.
+# Samples of a program, and its warps; 64 spill with a float32 basis, which is multiplied thrice.
 _WARPS = {"cuda": {16: 4, 32: 8, 64: 8}, "hip": {16: 2, 32: 2, 64: 4}}
 _PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 

@@ -96,7 +96,7 @@ def _sums_kernel(
         a_phi, b_phi, a_psi, b_psi, start, lanes, exists,
     )  # fmt: skip
     square, product, length, absolute = _sums(gap, residual, KIND)
-    sums = sums_ptr + i * 4 * PARTS + part
+    sums = sums_ptr + (i * 4 * PARTS + part)
     tl.store(sums, square)
     tl.store(sums + PARTS, product)
     tl.store(sums + 2 * PARTS, length)

@@ -50,11 +50,21 @@ def _offset(x_ptr, number_ptr, out_ptr, n, BLOCK: tl.constexpr, PARTS: tl.conste
     tl.store(out_ptr + start + lanes, x.to(out_ptr.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["n"])
+def _update(x_ptr, number_ptr, out_ptr, n, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+            N: tl.constexpr):  # fmt: skip
+    # A flat range whose length is not known to be a multiple of 16, with a masked tail everywhere.
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + element, mask=element < n, other=0.0)
+    tl.store(x_ptr + element, x * 0.5, mask=element < n)
+
+
 _KERNELS = {
     "bad_runtime_length": _runtime_length,
     "bad_second_read": _second_read,
     "bad_float64": _float64,
     "bad_offset": _offset,
+    "bad_update": _update,
 }
 
 
