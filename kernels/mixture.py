@@ -27,7 +27,7 @@ from fastdistill.kernels._sample import (
 
 # Components x elements at once, 16 a thread. Along a sample a thread has 8 elements of a component,
 # 128 bits of the narrowest dtype; pieces are narrow, so that a small batch has enough programs.
-_ALONG_SAMPLE, _COLUMNS = 2_048, 1_024
+_ALONG_SAMPLE, _COLUMNS = 1_024, 1_024  # 2,048 spill two registers on some targets
 _ALONG_COMPONENTS, _PIECE = 4_096, 128
 _ROW = 4_096  # components of one sample at once
 _LOWEST = tl.constexpr(-3.4e38)
