@@ -224,6 +224,10 @@ def adamw_ema_(
         ValueError: for tensors that do not belong together and options that exclude each other.
     """
     check_floating("parameter", parameter)
+    if hasattr(parameter, "to_local"):
+        raise ValueError(
+            "parameter is a DTensor; an update is of one rank's range: pass to_local() of all"
+        )
     if parameter.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"parameter is {parameter.dtype}; expected float32 master weights, with the "

@@ -6,11 +6,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def check_refusal(parameter, args) -> None:
+    """An update takes one rank's range, never a whole DTensor."""
+    from fastdistill.ops import adamw_ema_
+
+    with pytest.raises(ValueError, match="DTensor"):
+        adamw_ema_(parameter, *args[1:5], lr=0.1)
 
 
 def check(rank: int, store: str) -> None:
@@ -26,6 +35,7 @@ def check(rank: int, store: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for op, args in calls(batch=4).items():
         if op is _adamw_ema_:
+            check_refusal(distribute_tensor(args[0], mesh, [Shard(0)]), args)
             continue
         kept = range(len(args)) if op.replicated is None else op.replicated
         placed = [
