@@ -116,3 +116,17 @@ def add_shares(pointer, PARTS: tl.constexpr):
         share = first + tl.arange(0, _SHARES)
         whole += tl.sum(tl.load(pointer + share, mask=share < PARTS, other=0.0))
     return whole
+
+
+@triton.jit
+def arrive_last(ticket_ptr):
+    """Whether this program is the last of the grid to come here; the last one resets the ticket.
+
+    What any thread of any program read or wrote before it came here, it did before what the last
+    program does next: the barrier orders the threads of a program, acq_rel the programs.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last

@@ -6,7 +6,7 @@
 namespace fastdistill {
 namespace {
 
-Tensor sum_of_squares(const Tensor& value) {
+Tensor sum_of_squares(const Tensor& value, const std::optional<Tensor>&) {
   const Chunks chunks(Shape::flat(value));
   const ScalarType dtype = compute_dtype(value.scalar_type());
   const Tensor result = empty(value, {}, dtype);
@@ -25,7 +25,7 @@ Tensor sum_of_squares(const Tensor& value) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdistill_cpu, m) {
-  m.def("sum_of_squares(Tensor value) -> Tensor");
+  m.def("sum_of_squares(Tensor value, Tensor(a!)? ticket=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdistill_cpu, CPU, m) {
