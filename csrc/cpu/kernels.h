@@ -143,10 +143,20 @@ struct Mixture {
   T alpha, alpha_square, sigma_square;
 };
 
-/// A contiguous range of parameters, up to the next group's begin, with decay = 1 - lr weight_decay
+/// Consecutive elements that share a scale in 8-bit moments (ops/_moments.py).
+constexpr int64_t kMomentBlock = 256;
+static_assert(kChunk % kMomentBlock == 0, "a block of moments lies in one chunk");
+
+/// A moment in 8 bits.
+struct Codes {
+  uint8_t* code;
+  float* scale;  ///< of each kMomentBlock elements
+};
+
+/// A contiguous range of parameters, up to the next one's begin, with decay = 1 - lr weight_decay
 /// and rate = lr / (1 - beta1^t) (ops/adamw.py).
 template <class T>
-struct AdamGroup {
+struct AdamRange {
   int64_t begin;
   T decay, rate;
 };
@@ -161,13 +171,14 @@ struct AdamAverage {
 /// Everything that one update needs; the chunk says for which elements.
 template <class T>
 struct Adam {
-  T *parameter, *exp_avg, *exp_avg_sq;
+  T *parameter, *exp_avg, *exp_avg_sq;  ///< the moments are null if they are codes
+  Codes exp_avg_codes, exp_avg_sq_codes;
   Source gradient;
   Sink copy;
-  NoiseKey key;  ///< without its sample
+  NoiseKey key, moment_key;  ///< without their sample
   bool stochastic;
-  const AdamGroup<T>* groups;
-  int64_t group_count;
+  const AdamRange<T>* ranges;
+  int64_t range_count;
   const AdamAverage<T>* averages;
   int64_t average_count;
   T gradient_factor, weight1, beta2, weight2, correction2_root, eps;

@@ -3,6 +3,7 @@
 from fastdistill.ops._arguments import Coefficients
 from fastdistill.ops._backend import choose_backend, load_extension, use_backend
 from fastdistill.ops._distance import Distance
+from fastdistill.ops._moments import MOMENT_BLOCK, dequantise_moment, quantise_moment
 from fastdistill.ops.adamw import adamw_ema_
 from fastdistill.ops.consistency import ConsistencyCotangent, consistency_cotangent
 from fastdistill.ops.denoising import DenoisingCotangent, denoising_cotangent
@@ -16,6 +17,7 @@ from fastdistill.ops.projection import ProjectionCotangents, projection_cotangen
 from fastdistill.ops.renoise import Renoised, renoise
 
 __all__ = [
+    "MOMENT_BLOCK",
     "Coefficients",
     "ConsistencyCotangent",
     "DenoisingCotangent",
@@ -31,6 +33,7 @@ __all__ = [
     "consistency_cotangent",
     "denoising_cotangent",
     "density_ratio_weight",
+    "dequantise_moment",
     "gaussian_denoise",
     "gaussian_transport",
     "load_extension",
@@ -39,6 +42,7 @@ __all__ = [
     "mixture_denoise",
     "normal",
     "projection_cotangents",
+    "quantise_moment",
     "renoise",
     "sum_of_squares",
     "uniform",

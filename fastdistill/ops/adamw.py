@@ -17,13 +17,20 @@ which is `torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`. A stochasti
 bfloat16 copy is (bits(p) + w) with its low 16 bits cleared, w the high half of the word that
 `fastdistill.ops.noise` gives element e of sample e // 2^34 from counter block (e // 4) mod 2^32.
 
-Learning rate and weight decay may differ between groups, contiguous ranges of the flat tensors;
-lr_factor is a device scalar that multiplies the learning rate, so that a captured graph follows a
-schedule.
+Learning rate and weight decay may differ between groups of parameters, each of which is any number
+of contiguous ranges of the flat tensors; lr_factor is a device scalar that multiplies the learning
+rate, so that a captured graph follows a schedule.
+
+Moments may have 8 bits (`fastdistill.ops._moments`): they are read as codes times scales, the
+update takes the exact new m and v, and only then are these rounded, stochastically by the word of
+element e under moment_key: w = 2^4 * its high half for m, and its low half for v.
+
+Launches on a GPU: one, where the length is a multiple of 16 and the caller keeps the counters.
 
 Bytes moved, float32 state: parameter, moments and each EMA read and written once (8 bytes each),
 the gradient read once, the copy written once: 38 bytes a parameter with float32 gradients, one EMA
-and a bfloat16 copy. Stochastic rounding adds none: its noise is made in registers.
+and a bfloat16 copy; 26 (24 with bfloat16 gradients) with 8-bit moments, and 1/16 for their scales.
+Stochastic rounding adds none: its noise is made in registers.
 """
 
 from __future__ import annotations
@@ -35,15 +42,19 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops._arguments import check_floating
+from fastdistill.ops._moments import MOMENT_BLOCK, dequantise_moment, quantise_moment
 from fastdistill.ops._op import Op
 from fastdistill.ops.noise import check_key, philox_4x32
 
 CLIP_FLOOR = 1e-6
+MOST_GROUPS = 64
 
 
-def _per_element(values: Sequence[float], starts: Sequence[int], like: Tensor) -> Tensor:
-    """The value of each element's group, or one scalar where there is one group."""
-    exact = torch.tensor(values, dtype=torch.float64, device=like.device)
+def _per_element(
+    values: Sequence[float], starts: Sequence[int], groups: Sequence[int], like: Tensor
+) -> Tensor:
+    """The value of each element's group, or one scalar where there is one range."""
+    exact = torch.tensor([values[g] for g in groups], dtype=torch.float64, device=like.device)
     if len(starts) == 1:
         return exact[0]
     ends = [*starts[1:], like.numel()]
@@ -51,14 +62,19 @@ def _per_element(values: Sequence[float], starts: Sequence[int], like: Tensor) -
     return exact.repeat_interleave(sizes.to(like.device))
 
 
-def _stochastic_bfloat16(value: Tensor, key: Tensor) -> Tensor:
-    """float32 rounded to bfloat16, up with the probability of what is cut off."""
+def _random_words(key: Tensor, like: Tensor) -> Tensor:
+    """A random number below 2^32 for each element of a flat range, int64 of its shape."""
     mask = 0xFFFFFFFF
     seed, stream, step = key.unbind()
-    block = torch.arange(-(-value.numel() // 4), device=value.device)
+    block = torch.arange(-(-like.numel() // 4), device=like.device)
     counter = (block & mask, block >> 32, step & mask, stream & mask)
     words = philox_4x32(counter, (seed & mask, (seed >> 32) & mask))
-    noise = (torch.stack(words, dim=-1).flatten()[: value.numel()] >> 16).to(torch.int32)
+    return torch.stack(words, dim=-1).flatten()[: like.numel()].view(like.shape)
+
+
+def _stochastic_bfloat16(value: Tensor, key: Tensor) -> Tensor:
+    """float32 rounded to bfloat16, up with the probability of what is cut off."""
+    noise = (_random_words(key, value) >> 16).to(torch.int32)
     bits = value.float().view(torch.int32)
     rounded = ((bits + noise) & -65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value.float()).to(torch.bfloat16)
@@ -72,11 +88,16 @@ def _reference(
     step: Tensor,
     emas: Sequence[Tensor],
     copy: Tensor | None,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
+    counters: Tensor | None,
     squared_norm: Tensor | None,
     grad_scale: Tensor | None,
     lr_factor: Tensor | None,
     key: Tensor | None,
+    moment_key: Tensor | None,
     starts: Sequence[int],
+    groups: Sequence[int],
     lr: Sequence[float],
     weight_decay: Sequence[float],
     beta1: float,
@@ -98,17 +119,30 @@ def _reference(
             factor = factor * (max_norm / (norm + CLIP_FLOOR)).clamp(max=1.0)
     done = step.double()
     correction1, correction2 = 1 - beta1 ** (done + 1), 1 - beta2 ** (done + 1)
-    rate = _per_element(lr, starts, parameter)
+    rate = _per_element(lr, starts, groups, parameter)
     rate = rate if lr_factor is None else rate * lr_factor.double()
-    decay = 1 - rate * _per_element(weight_decay, starts, parameter)
+    decay = 1 - rate * _per_element(weight_decay, starts, groups, parameter)
 
+    m, v = exp_avg, exp_avg_sq
+    if exp_avg_scale is not None and exp_avg_sq_scale is not None:
+        m = dequantise_moment(exp_avg, exp_avg_scale, signed=True).to(compute)
+        v = dequantise_moment(exp_avg_sq, exp_avg_sq_scale, signed=False).to(compute)
     g = gradient.to(compute) * factor
-    m = exp_avg.lerp(g, 1 - beta1)
-    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    m = m.lerp(g, 1 - beta1)
+    v = beta2 * v + (1 - beta2) * g * g
     denominator = v.sqrt() / correction2.sqrt().to(compute) + eps
     p = parameter * decay.to(compute) - (rate / correction1).to(compute) * m / denominator
     early = (1 + done) / (10 + done)
-    updates = [(parameter, p), (exp_avg, m), (exp_avg_sq, v)]
+    updates = [(parameter, p)]
+    if exp_avg_scale is None or exp_avg_sq_scale is None or moment_key is None:
+        updates += [(exp_avg, m), (exp_avg_sq, v)]
+    else:
+        word = _random_words(moment_key, parameter)
+        high, low = (word >> 16 << 4).int(), ((word & 0xFFFF) << 4).int()
+        first = quantise_moment(m, signed=True, noise=high)
+        second = quantise_moment(v, signed=False, noise=low)
+        updates += zip((exp_avg, exp_avg_scale), first, strict=True)
+        updates += zip((exp_avg_sq, exp_avg_sq_scale), second, strict=True)
     for ema, wanted in zip(emas, ema_decays, strict=True):
         kept = early.clamp(max=wanted) if ema_warmup else torch.full_like(early, wanted)
         updates.append((ema, ema.lerp(p, (1 - kept).to(compute))))
@@ -118,15 +152,18 @@ def _reference(
     for old, new in updates:
         old.copy_(torch.where(finite, new, old))
     step.add_(finite.to(step.dtype))
+    if counters is not None:
+        counters[0].add_((~finite).to(counters.dtype))
 
 
 _adamw_ema_ = Op(
     "adamw_ema_",
     "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor(d!) step, Tensor(e!)[] emas, Tensor(f!)? copy, Tensor? squared_norm, "
-    "Tensor? grad_scale, Tensor? lr_factor, Tensor? key, int[] starts, float[] lr, "
-    "float[] weight_decay, float beta1, float beta2, float eps, float? max_norm, "
-    "float[] ema_decays, bool ema_warmup) -> ()",
+    "Tensor(d!) step, Tensor(e!)[] emas, Tensor(f!)? copy, Tensor(g!)? exp_avg_scale, "
+    "Tensor(h!)? exp_avg_sq_scale, Tensor(i!)? counters, Tensor? squared_norm, "
+    "Tensor? grad_scale, Tensor? lr_factor, Tensor? key, Tensor? moment_key, int[] starts, "
+    "int[] groups, float[] lr, float[] weight_decay, float beta1, float beta2, float eps, "
+    "float? max_norm, float[] ema_decays, bool ema_warmup) -> ()",
     _reference,
     lambda *args: None,
     kernel="adamw",
@@ -139,7 +176,6 @@ def _check_flat(like: Tensor, **tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is None:
             continue
-        check_floating(name, value)
         if value.shape != like.shape or value.device != like.device:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} on {value.device}; expected "
@@ -147,6 +183,36 @@ def _check_flat(like: Tensor, **tensors: Tensor | None) -> None:
             )
         if not value.is_contiguous():
             raise ValueError(f"{name} has strides {value.stride()}; expected a contiguous range")
+
+
+def _check_moments(
+    parameter: Tensor,
+    moments: dict[str, Tensor],
+    scales: dict[str, Tensor | None],
+    moment_key: Tensor | None,
+) -> None:
+    given = [value for value in (*scales.values(), moment_key) if value is not None]
+    if len(given) not in (0, 3):
+        raise ValueError(
+            "8-bit moments need exp_avg_scale, exp_avg_sq_scale and moment_key; some are missing"
+        )
+    wanted = torch.uint8 if given else parameter.dtype
+    for name, value in moments.items():
+        if value.dtype != wanted:
+            why = "with exp_avg_scale" if given else "as parameter is, or uint8 with exp_avg_scale"
+            raise ValueError(f"{name} is {value.dtype}; expected {wanted} {why}")
+    blocks = -(-parameter.numel() // MOMENT_BLOCK)
+    form = torch.float32, (blocks,), parameter.device
+    for name, scale in scales.items():
+        if scale is not None and (scale.dtype, scale.shape, scale.device) != form:
+            raise ValueError(
+                f"{name} is {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}; "
+                f"expected float32 ({blocks},) on {parameter.device}, one for each {MOMENT_BLOCK} "
+                "elements"
+            )
+    _check_flat(parameter, **moments)
+    if moment_key is not None:
+        check_key(moment_key, moment_key)
 
 
 def _check_scalar(parameter: Tensor, **tensors: Tensor | None) -> None:
@@ -158,18 +224,47 @@ def _check_scalar(parameter: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
-def _check_groups(parameter: Tensor, starts: Sequence[int], *values: Sequence[float]) -> None:
+def _check_counters(parameter: Tensor, counters: Tensor) -> None:
+    form = counters.dtype, counters.shape, counters.device
+    if form != (torch.int32, (2,), parameter.device) or not counters.is_contiguous():
+        raise ValueError(
+            f"counters is {counters.dtype} of shape {tuple(counters.shape)} on {counters.device}; "
+            f"expected torch.zeros(2, dtype=torch.int32) on {parameter.device}"
+        )
+
+
+def _groups_of(
+    parameter: Tensor,
+    starts: Sequence[int],
+    groups: Sequence[int] | None,
+    *values: float | Sequence[float],
+) -> tuple[list[int], list[list[float]]]:
+    """The group of each range, and lists of the values of all groups."""
     ascending = all(a < b for a, b in itertools.pairwise((*starts, max(parameter.numel(), 1))))
     if not starts or starts[0] != 0 or not ascending:
         raise ValueError(
-            f"starts is {list(starts)}; expected the first elements of the groups, ascending from "
+            f"starts is {list(starts)}; expected the first elements of the ranges, ascending from "
             f"0 and below {parameter.numel()}"
         )
-    if any(len(value) != len(starts) for value in values):
+    found = list(range(len(starts)) if groups is None else groups)
+    if len(found) != len(starts) or min(found) < 0:
         raise ValueError(
-            f"{len(starts)} groups have {' and '.join(str(len(value)) for value in values)} values "
-            "of lr and weight_decay; expected one number, or one for each group"
+            f"groups is {found} for {len(starts)} ranges; expected a group, counted from 0, of each"
         )
+    sizes = [len(value) for value in values if isinstance(value, Sequence)]
+    used = max(found) + 1
+    count = max(sizes, default=used)
+    if min(sizes, default=used) != count or count < used or (groups is None and count != used):
+        raise ValueError(
+            f"{used} groups have {' and '.join(map(str, sizes))} values of lr and weight_decay; "
+            "expected one number, or one for each group"
+        )
+    if count > MOST_GROUPS:
+        raise ValueError(
+            f"there are {count} groups; expected at most {MOST_GROUPS}: give ranges that share lr "
+            "and weight_decay the same number in groups"
+        )
+    return found, [list(v) if isinstance(v, Sequence) else [v] * count for v in values]
 
 
 def adamw_ema_(
@@ -184,6 +279,7 @@ def adamw_ema_(
     eps: float = 1e-8,
     weight_decay: float | Sequence[float] = 0.01,
     starts: Sequence[int] = (0,),
+    groups: Sequence[int] | None = None,
     squared_norm: Tensor | None = None,
     max_norm: float | None = None,
     grad_scale: Tensor | None = None,
@@ -193,6 +289,10 @@ def adamw_ema_(
     ema_warmup: bool = False,
     copy: Tensor | None = None,
     key: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    moment_key: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """One AdamW update of a flat range, in place, with all that belongs to it.
 
@@ -201,14 +301,17 @@ def adamw_ema_(
     Args:
         parameter: master weights, float32 (float64 off the GPU), contiguous, any shape.
         gradient: gradients in any floating dtype; they are only read.
-        exp_avg: first moments, in the parameters' dtype.
-        exp_avg_sq: second moments, in the parameters' dtype.
+        exp_avg: first moments, in the parameters' dtype, or uint8 codes.
+        exp_avg_sq: second moments, in the parameters' dtype, or uint8 codes.
         step: number of updates done, a float32 scalar on the device; counted up.
         lr: learning rate, or one for each group.
         betas: decays of the moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, or one for each group.
-        starts: first element of each group, ascending from 0.
+        starts: first element of each range, ascending from 0. A GPU reads a table of the ranges,
+            which the first call for each division copies there: warm up before capturing a graph.
+        groups: group of each range, counted from 0, at most 64 of them; without it range i is
+            group i.
         squared_norm: `sum_of_squares` of all gradients that are clipped together, as they are
             stored; where it is not finite the update is skipped. Without it nothing is checked.
         max_norm: bound of the global norm; needs ``squared_norm``.
@@ -219,6 +322,15 @@ def adamw_ema_(
         ema_warmup: let averages forget at least as fast as (1 + n) / (10 + n) after n updates.
         copy: the parameters in a dtype to compute in, written.
         key: noise key (seed, stream, step), int64 [3]: round a bfloat16 copy stochastically.
+        exp_avg_scale: float32 [ceil(n / 256)] for n parameters, makes ``exp_avg`` 8-bit codes;
+            goes with ``exp_avg_sq_scale`` and ``moment_key``. State begins with zeros everywhere.
+        exp_avg_sq_scale: the same of ``exp_avg_sq``.
+        moment_key: noise key that rounds 8-bit moments, another one than ``key`` and than that of
+            the update before.
+        counters: int32 [2] on the device, zero at first. Element 0 counts the updates that were
+            skipped; with element 1, which is left zero, the programs of a GPU find who comes last.
+            Without it each call makes its own, a second launch. One for calls that follow each
+            other.
 
     Raises:
         ValueError: for tensors that do not belong together and options that exclude each other.
@@ -233,21 +345,22 @@ def adamw_ema_(
             f"parameter is {parameter.dtype}; expected float32 master weights, with the "
             "low-precision weights as copy"
         )
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    state |= {f"emas[{k}]": ema for k, ema in enumerate(emas)}
-    for name, value in state.items():
+    averages = {f"emas[{k}]": ema for k, ema in enumerate(emas)}
+    for name, value in averages.items():
         if value.dtype != parameter.dtype:
             raise ValueError(f"{name} is {value.dtype}; expected {parameter.dtype}")
-    _check_flat(parameter, parameter=parameter, gradient=gradient, copy=copy, **state)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
+    _check_moments(parameter, moments, scales, moment_key)
+    check_floating("gradient", gradient)
+    if copy is not None:
+        check_floating("copy", copy)
+    _check_flat(parameter, parameter=parameter, gradient=gradient, copy=copy, **averages)
     scalars = {"squared_norm": squared_norm, "grad_scale": grad_scale, "lr_factor": lr_factor}
     _check_scalar(parameter, step=step, **scalars)
-    rates = [lr] * len(starts) if isinstance(lr, (int, float)) else list(lr)
-    decays = (
-        [weight_decay] * len(starts)
-        if isinstance(weight_decay, (int, float))
-        else list(weight_decay)
-    )
-    _check_groups(parameter, starts, rates, decays)
+    if counters is not None:
+        _check_counters(parameter, counters)
+    ranges, (rates, decays) = _groups_of(parameter, starts, groups, lr, weight_decay)
     if len(emas) != len(ema_decays):
         raise ValueError(f"there are {len(emas)} emas and {len(ema_decays)} ema_decays")
     if max_norm is not None and squared_norm is None:
@@ -259,6 +372,8 @@ def adamw_ema_(
     with torch.no_grad():
         _adamw_ema_(
             *(parameter, gradient, exp_avg, exp_avg_sq, step, list(emas), copy),
-            *(squared_norm, grad_scale, lr_factor, key, list(starts), rates, decays),
+            *(exp_avg_scale, exp_avg_sq_scale, counters),
+            *(squared_norm, grad_scale, lr_factor, key, moment_key),
+            *(list(starts), ranges, rates, decays),
             *(*betas, eps, max_norm, list(ema_decays), ema_warmup),
         )

@@ -90,7 +90,15 @@ VARIANTS = (
     "consistency_finished",
 )
 BASES = ("3072x128", "12288x256", "65536x64")
-UPDATES = ("adamw", "adamw_plain", "adamw_averages", "adamw_stochastic", "adamw_groups")
+UPDATES = (
+    "adamw",
+    "adamw_plain",
+    "adamw_averages",
+    "adamw_stochastic",
+    "adamw_ranges",
+    "adamw_codes",
+    "adamw_codes_stochastic_ranges",
+)
 
 
 def _all_cases() -> Iterator[Case]:
@@ -108,6 +116,7 @@ def _all_cases() -> Iterator[Case]:
         for dtype in DTYPES:
             yield Case("uniform", target, "DiT-256", dtype)
             yield Case("norm", target, "-", dtype)
+            yield Case("norm_of_any_length", target, "-", dtype)
             yield from (Case(op, target, "-", dtype) for op in UPDATES)
             yield from (Case("gaussian", target, size, dtype) for size in BASES)
         yield Case("gaussian", target, "12288x256", "float32", "bfloat16")
@@ -206,15 +215,22 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
         mixture.mixture_denoise(*given, meta(components))
         mixture.mixture_denoise_backward(*given, meta(BATCH, components), x(), number())
 
-    def update(averages: int = 1, copy: bool = True, seeded: bool = False, groups: int = 1) -> None:
-        state = [meta(2**24) for _ in range(3 + averages)]
-        flat = (state[0], meta(2**24, dtype=dtype), state[1], state[2], meta())
-        lower = meta(2**24, dtype=torch.bfloat16) if copy else None
-        scalars = (meta(), meta(), meta(), key if seeded else None)
+    def update(
+        averages: int = 1, copy: bool = True, seeded: bool = False, ranges: int = 1,
+        coded: bool = False,
+    ) -> None:  # fmt: skip
+        length = 2**24
+        state = [meta(length) for _ in range(1 + averages)]
+        moments = [meta(length, dtype=torch.uint8 if coded else torch.float32) for _ in range(2)]
+        scales = [meta(length // 256) if coded else None for _ in range(2)]
+        lower = meta(length, dtype=torch.bfloat16) if copy else None
         adamw.adamw_ema_(
-            *flat, state[3:], lower, *scalars, [1024 * k for k in range(groups)],
-            [1e-3] * groups, [0.1] * groups, 0.9, 0.999, 1e-8, 1.0, [0.9] * averages, True,
-        )  # fmt: skip
+            *(state[0], meta(length, dtype=dtype), *moments, meta(), state[1:], lower, *scales),
+            *(meta(2, dtype=torch.int32), meta(), meta(), meta(), key if seeded else None),
+            *(key if coded else None, [1000 * k for k in range(ranges)]),
+            *([k % 3 for k in range(ranges)], [1e-3] * 3, [0.1] * 3, 0.9, 0.999, 1e-8, 1.0),
+            *([0.9] * averages, True),
+        )
 
     match case.op:
         case "normal" | "uniform":
@@ -254,7 +270,9 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
             basis = meta(elements, directions, dtype=raw_dtype)
             gaussian.gaussian_transport(*flat, basis, meta(64), *one, *other)
         case "norm":
-            norm.sum_of_squares(meta(2**24 + 5, dtype=dtype))
+            norm.sum_of_squares(meta(2**24 + 16, dtype=dtype), meta(1, dtype=torch.int32))
+        case "norm_of_any_length":
+            norm.sum_of_squares(meta(2**24 + 5, dtype=dtype), meta(1, dtype=torch.int32))
         case "adamw":
             update()
         case "adamw_plain":
@@ -263,8 +281,12 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
             update(averages=3)
         case "adamw_stochastic":
             update(seeded=True)
-        case "adamw_groups":
-            update(groups=3)
+        case "adamw_ranges":
+            update(ranges=200)
+        case "adamw_codes":
+            update(coded=True)
+        case "adamw_codes_stochastic_ranges":
+            update(coded=True, seeded=True, ranges=200)
         case "density_ratio" | "density_ratio_large":
             batch, bins, power = (256, 10, 1.0) if case.op == "density_ratio" else (8000, 1000, 0.3)
             density_ratio.density_ratio_weight(
@@ -442,24 +464,28 @@ SHARES = {"residual_ptr": 1, "norm_ptr": 1, "sums_ptr": 4}
 
 
 def _expected_update(bound: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Bytes that one program of `adamw_ema_` must move: each range once each way."""
+    """Bytes that one turn of `adamw_ema_` must move: each range once each way.
+
+    8-bit moments come 8 bytes a thread, since a thread's 8 neighbours are 128 bits of 16-bit
+    gradients and copies: among the numbers, as their scales, key words and the table of ranges are.
+    """
     averages, copy = bound["ema_ptrs"], bound["copy_ptr"]
-    state = [bound[name] for name in ("parameter_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")]
+    moments = [bound["exp_avg_ptr"], bound["exp_avg_sq_ptr"]]
+    coded = moments[0].dtype == torch.uint8
+    state = [bound["parameter_ptr"], *averages, *([] if coded else moments)]
+    read, written = [*state, bound["gradient_ptr"]], [*state, *([] if copy is None else [copy])]
 
-    def bytes_of(*ranges: torch.Tensor) -> dict[int, int]:
-        sizes = (_rounded(bound["BLOCK"] * value.element_size(), threads) for value in ranges)
-        return {16: sum(sizes)}
+    def bytes_of(ranges: list[torch.Tensor]) -> int:
+        return sum(_rounded(bound["BLOCK"] * value.element_size(), threads) for value in ranges)
 
-    written = (*state, *averages) if copy is None else (*state, *averages, copy)
+    loads, stores = bytes_of(read), bytes_of(written)
+    codes, ranges = (4 if coded else 0), (5 if bound["ranges_ptr"] is not None else 0)
     return {
-        "loads": bytes_of(*state, *averages, bound["gradient_ptr"]),
-        "stores": bytes_of(*written),
-        "least": {
-            "loads": sum(bytes_of(*state, *averages, bound["gradient_ptr"]).values()),
-            "stores": sum(bytes_of(*written).values()),
-        },
+        "loads": {16: loads},
+        "stores": {16: stores},
+        "least": {"loads": loads, "stores": stores},
         "shares": 0,
-        "numbers": {"loads": 8, "stores": 0},  # scalars and the words of a key
+        "numbers": {"loads": 9 + codes + ranges, "stores": 3 + codes},
     }
 
 
@@ -477,7 +503,7 @@ def _tile(bound: dict[str, Any]) -> int:
     if "means_ptr" in bound:
         elements = bound["ROWS"] * bound["COLUMNS"]
         return elements * bound["means_ptr"].element_size() * (1 if bound["ISOTROPIC"] else 2)
-    if "blocks" in bound:
+    if "value_ptr" in bound:
         return bound["BLOCK"] * bound["value_ptr"].element_size()
     return 0
 

@@ -78,7 +78,8 @@ def calls(
         _mixture_denoise_backward: (*(x.detach(), a, b, means, spread, gains.softmax(1), x_t, c),),
         _sum_of_squares: (x.detach(),),
         _adamw_ema_: (
-            *(*updated, *scalars, [0, 40], [0.1, 0.2], [0.0, 0.1]),
+            *(*updated, None, None, torch.zeros(2, dtype=torch.int32), *scalars, None),
+            *([0, 40, 70], [0, 1, 0], [0.1, 0.2], [0.0, 0.1]),
             *(0.9, 0.999, 1e-8, 1.0, [0.9, 0.99], True),
         ),
     }

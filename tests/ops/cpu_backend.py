@@ -252,7 +252,8 @@ def adamw_args(size, gradient=F32):
     copy = torch.zeros(size, dtype=BF16)
     return (
         *(state[0], state[1].to(gradient), state[2], state[3], torch.tensor(3.0)),
-        *(state[4:], copy, *scalars, key(), [0, 5], [1e-2, 1e-3], [0.1, 0.0]),
+        *(state[4:], copy, None, None, torch.zeros(2, dtype=torch.int32), *scalars, key(), None),
+        *([0, 5], [1, 0], [1e-3, 1e-2], [0.0, 0.1]),
         *(0.9, 0.999, 1e-8, 1.0, [0.9, 0.99], True),
     )
 

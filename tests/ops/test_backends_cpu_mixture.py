@@ -98,8 +98,12 @@ def test_an_update_that_would_be_read_wrongly_is_refused():
         (4, args[4].long(), "step is Long"),
         (5, [args[5][0][:3], args[5][1]], "ema has 3 elements"),
         (6, args[6].half(), "rounds a bfloat16 copy"),
-        (11, [0, 0], "not ascending"),
-        (12, [0.1], "one lr and one weight_decay"),
+        (7, torch.ones(1), "8-bit moments need"),
+        (9, torch.zeros(2), "counters is not int32"),
+        (15, [0, 0], "not ascending"),
+        (16, [0], "one group for each"),
+        (16, [0, 2], "one lr and one weight_decay"),
+        (17, [0.1], "one lr and one weight_decay"),
     ]
     refused(_adamw_ema_, args, changes)
     with pytest.raises(RuntimeError, match="is not contiguous"):

@@ -17,13 +17,13 @@ struct Lerp {
   T operator()(T a, T b) const { return fused(factor, b - a, near_a ? a : b); }
 };
 
-/// The block of one group. Fused where torch's AdamW is on x86-64, with which it agrees bit by bit.
+/// The block of one range. Fused where torch's AdamW is on x86-64, with which it agrees bit by bit.
 template <class T>
-inline void update(const Adam<T>& of, const AdamGroup<T>& group, const T* gradient, int64_t count,
+inline void update(const Adam<T>& of, const AdamRange<T>& range, const T* gradient, int64_t count,
                    T* p, T* m, T* v) {
   const Lerp<T> toward(of.weight1);
   const T factor = of.gradient_factor, beta2 = of.beta2, weight2 = of.weight2;
-  const T root = of.correction2_root, eps = of.eps, decay = group.decay, rate = group.rate;
+  const T root = of.correction2_root, eps = of.eps, decay = range.decay, rate = range.rate;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const T g = gradient[i] * factor;
@@ -68,21 +68,54 @@ inline void store_stochastically(const T* block, const Adam<T>& of, int64_t elem
   store(rounded.value, of.copy, element, count);
 }
 
+/// The words of each Philox block side by side, in the order of its elements.
+inline void in_order(const Words& words, int blocks, uint32_t* out) {
+#pragma omp simd
+  for (int i = 0; i < blocks; ++i)
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = words(j, i);
+}
+
+/// Moments of one block: where they lie, or decoded.
+template <class T>
+struct Moments {
+  T *m, *v;
+  Scratch<T> scratch_m, scratch_v;
+
+  Moments(const Adam<T>& of, int64_t begin, int64_t count) {
+    m = of.exp_avg ? of.exp_avg + begin : scratch_m.value;
+    v = of.exp_avg ? of.exp_avg_sq + begin : scratch_v.value;
+    if (of.exp_avg) return;
+    decode<true>(of.exp_avg_codes, begin, count, m);
+    decode<false>(of.exp_avg_sq_codes, begin, count, v);
+  }
+
+  void keep(const Adam<T>& of, int64_t begin, int64_t count) const {
+    if (of.exp_avg) return;
+    Scratch<uint32_t> words;
+    NoiseKey key = of.moment_key;
+    key.sample = static_cast<uint32_t>(begin >> 34);
+    draw<uint32_t, in_order>(key, begin, count, words.value);
+    encode<true>(m, words.value, begin, count, of.exp_avg_codes);
+    encode<false>(v, words.value, begin, count, of.exp_avg_sq_codes);
+  }
+};
+
 template <class T>
 void adamw(const Adam<T>& of, const Chunk& chunk) {
   Scratch<T> scratch;
-  const AdamGroup<T>*group = of.groups, *last = of.groups + of.group_count - 1;
+  const AdamRange<T>*last = of.ranges + of.range_count - 1, *range = of.ranges;
   for_each_block(chunk, [&](int64_t first, int64_t count) {
     const int64_t begin = chunk.offset + first, end = begin + count;
     const T* gradient = load(of.gradient, begin, count, scratch);
     T* p = of.parameter + begin;
+    Moments<T> moments(of, begin, count);
     for (int64_t i = begin; i < end;) {
-      while (group < last && group[1].begin <= i) ++group;
-      const int64_t next = group < last ? std::min(end, group[1].begin) : end;
-      update(of, *group, gradient + (i - begin), next - i, of.parameter + i, of.exp_avg + i,
-             of.exp_avg_sq + i);
+      while (range < last && range[1].begin <= i) ++range;
+      const int64_t next = range < last ? std::min(end, range[1].begin) : end, at = i - begin;
+      update(of, *range, gradient + at, next - i, p + at, moments.m + at, moments.v + at);
       i = next;
     }
+    moments.keep(of, begin, count);
     for (int64_t k = 0; k < of.average_count; ++k) {
       const Lerp<T> toward(of.averages[k].weight);
       T* average = of.averages[k].average + begin;

@@ -11,6 +11,7 @@
 #include "cpu/simd/gaussian.inl"
 #include "cpu/simd/mixture.inl"
 #include "cpu/simd/norm.inl"
+#include "cpu/simd/moments.inl"
 #include "cpu/simd/adamw.inl"
 
 namespace fastdistill::FASTDISTILL_LEVEL {
