@@ -52,7 +52,7 @@ def _describe_cpu() -> str:
 def _describe_arena() -> str:
     if importlib.util.find_spec("fastdistill._arena") is None:
         return (
-            "in Python and torch: the C++ arena was not built; with a C++ compiler and pybind11, run "
+            "in Python: the C++ arena was not built; with a C++ compiler and pybind11, run "
             "pip install --no-build-isolation -e . in the checkout"
         )
     return "in C++"

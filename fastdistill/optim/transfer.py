@@ -32,6 +32,7 @@ _DTYPES = {
 _BYTES_AT_A_TIME = 2**26  # what zlib sees at once of a range that is copied from a device
 
 
+@torch.no_grad()
 def pack_(destination: Tensor, sources: Sequence[Tensor], offsets: Sequence[int]) -> None:
     """Write each source's elements into a range, as they lie in memory.
 
@@ -48,6 +49,7 @@ def pack_(destination: Tensor, sources: Sequence[Tensor], offsets: Sequence[int]
     _copy(values, places)
 
 
+@torch.no_grad()
 def unpack_(source: Tensor, destinations: Sequence[Tensor], offsets: Sequence[int]) -> None:
     """Fill each destination, as it lies in memory, with its part of a range.
 
@@ -64,6 +66,7 @@ def unpack_(source: Tensor, destinations: Sequence[Tensor], offsets: Sequence[in
     _copy(places, values)
 
 
+@torch.no_grad()
 def checksum(value: Tensor) -> int:
     """CRC-32 (zlib's) of a dense tensor's bytes as they lie in memory; any dtype and device.
 
@@ -114,7 +117,7 @@ def _checked(name: str, value: Tensor, device: torch.device) -> Tensor:
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
-    """The elements as they lie in memory: a view without gradient  # [numel]"""
+    """A view of the elements as they lie in memory  # [numel]"""
     if hasattr(value, "to_local"):
         raise ValueError(f"{name} is a DTensor; pass its to_local(), which is this rank's part")
     if value.layout != torch.strided:
@@ -129,7 +132,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
                     f"leave gaps or repeat elements; pass {name}.contiguous()"
                 )
             expected *= size
-    return value.detach().as_strided((value.numel(),), (1,))
+    return value.as_strided((value.numel(),), (1,))
 
 
 def _copy(sources: list[Tensor], destinations: list[Tensor]) -> None:
