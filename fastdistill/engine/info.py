@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def describe_installation() -> Iterator[tuple[str, str]]:
     yield "backend reference", "available: torch, any device"
     yield "backend cpu", _describe_cpu()
     yield "backend triton", _describe_triton()
+    yield "arena", _describe_arena()
     yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
     if not torch.cuda.is_available():
         yield "GPU", f"none that torch {torch.__version__} can use"
@@ -45,6 +47,15 @@ def _describe_cpu() -> str:
             "pip install --no-build-isolation -e . in the checkout"
         )
     return f"available: {path.name}"
+
+
+def _describe_arena() -> str:
+    if importlib.util.find_spec("fastdistill._arena") is None:
+        return (
+            "in Python: the C++ arena was not built; with a C++ compiler and pybind11, run "
+            "pip install --no-build-isolation -e . in the checkout"
+        )
+    return "in C++"
 
 
 def _describe_triton() -> str:
