@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.parallel.ranks import Ranks
+
 
 class MetricBuffer:
     """Running means of named metrics, whole and by noise level, on the device.
@@ -19,10 +21,12 @@ class MetricBuffer:
     Args:
         device: where the sums live.
         bins: number of noise-level bins.
+        ranks: processes over which means are taken, each adding its own samples.
     """
 
-    def __init__(self, device: torch.device, bins: int) -> None:
+    def __init__(self, device: torch.device, bins: int, ranks: Ranks | None = None) -> None:
         self.device, self.bins = device, bins
+        self.ranks = ranks or Ranks(device)
         self._sums: dict[str, Tensor] = {}
 
     def add(self, prefix: str, metrics: Mapping[str, Tensor]) -> None:
@@ -46,7 +50,9 @@ class MetricBuffer:
         if not self._sums:
             return {}
         names = sorted(self._sums)  # the order in which they first came would not survive a resume
-        values = iter(torch.cat([self._sums[name] for name in names]).tolist())
+        sums = torch.cat([self._sums[name] for name in names])
+        self.ranks.sum_(sums)
+        values = iter(sums.tolist())
         means: dict[str, float | list[float | None]] = {}
         for name in names:
             total = self._sums[name]
@@ -59,12 +65,18 @@ class MetricBuffer:
         return means
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        return dict(self._sums)
+        """The sums of all ranks by name."""
+        state = {name: self._sums[name].clone() for name in sorted(self._sums)}
+        for value in state.values():
+            self.ranks.sum_(value)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over sums that `state_dict` gave."""
+        """Take over sums that `state_dict` gave; the first rank keeps them for all."""
         self._sums = {name: value.to(self.device, copy=True) for name, value in state.items()}
+        if not self.ranks.is_first:
+            for value in self._sums.values():
+                value.zero_()
 
     def _sum(self, name: str, rows: int) -> Tensor:
         if name not in self._sums:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastdistill.config import OptimizerSettings, TrainingSettings
 from fastdistill.data import InMemoryData
@@ -23,12 +24,16 @@ from fastdistill.diffusion import Noise
 from fastdistill.engine.checkpoint import (
     Checkpoint,
     CheckpointStore,
+    load_,
     read_document,
     read_tensors,
 )
 from fastdistill.engine.metrics import MetricBuffer
 from fastdistill.objectives import Batch, Objective
-from fastdistill.optim import EMA, OptimizerStep
+from fastdistill.models import Denoiser
+from fastdistill.optim import Arena, OptimizerStep
+from fastdistill.optim.step import OptimizerState
+from fastdistill.parallel import Parallel
 
 
 class Interrupted(Exception):
@@ -42,11 +47,14 @@ class TrainingDivergedError(RuntimeError):
 class Trainer:
     """Trains the networks of an objective; works alone, in anybody's script.
 
+    The trained networks' parameters move into arenas and, over several processes, are sharded.
+
     Args:
-        objective: what is trained, already on its device.
+        objective: what is trained, already on its device, alike on all ranks.
         data: real samples and their conditions, on the same device.
         settings: steps, batch, optimizers and intervals.
         seed: seed of every random number.
+        parallel: the processes of the run and what each holds; one process if None.
         checkpoints: where checkpoints go; None makes none.
         stage: name of this stage in checkpoints and logs.
         on_log: called at each log point with a row of plain numbers.
@@ -62,6 +70,7 @@ class Trainer:
         settings: TrainingSettings,
         *,
         seed: int = 0,
+        parallel: Parallel | None = None,
         checkpoints: CheckpointStore | None = None,
         stage: str = "train",
         on_log: Callable[[dict[str, Any]], None] | None = None,
@@ -72,15 +81,22 @@ class Trainer:
         self.seed, self.stage, self.checkpoints = seed, stage, checkpoints
         self.on_log, self.on_sample = on_log, on_sample
         self.before_checkpoint = before_checkpoint
+        self.parallel = parallel or Parallel()
+        self.ranks = self.parallel.ranks
         self.device = next(objective.student.parameters()).device
         self.step = 0
         self.noise = Noise(seed, self.device)
-        self.ema = EMA(objective.student, settings.ema_half_life)
-        self.optimizers = self._make_optimizers()
-        self.metrics = MetricBuffer(self.device, objective.noise_bins)
-        rows = settings.accumulation * settings.batch_size
-        self._index = torch.arange(rows, device=self.device).chunk(settings.accumulation)
+        self.modules = {"student": objective.student, **objective.critic_modules()}
+        self.optimizers = {role: self._optimizer(role) for role in self.modules}
+        self._kept = self._untrained_state()
+        self.metrics = MetricBuffer(self.device, objective.noise_bins, self.ranks)
+        self._index, self._share = self._split_batch()
         self._stop = False
+
+    @property
+    def arenas(self) -> dict[str, Arena]:
+        """The arena of each trained network."""
+        return {role: step.arena for role, step in self.optimizers.items()}
 
     @property
     def ratio(self) -> int:
@@ -101,9 +117,10 @@ class Trainer:
             OSError: where a checkpoint cannot be written; those before it are untouched.
         """
         settings = self.settings
-        with self._stopping_on_signals():
+        with self._stopping_on_signals(), self.ranks.watching():
             while self.step < settings.steps:
                 self.update()
+                self._stop = self.ranks.any(self._stop)
                 last = self.step == settings.steps
                 if last or self.step % settings.log_every == 0:
                     self._log()
@@ -112,7 +129,11 @@ class Trainer:
                 if last or self._stop or self.step % settings.checkpoint_every == 0:
                     self.save()
                 if self._stop and not last:
-                    raise Interrupted(f"stopped in stage {self.stage} at step {self.step}")
+                    break
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        if self.step < settings.steps:
+            raise Interrupted(f"stopped in stage {self.stage} at step {self.step}")
 
     def update(self) -> None:
         """One step: accumulate the cotangents of every micro-batch, then move the weights."""
@@ -120,37 +141,53 @@ class Trainer:
         student_turn = (self.step + 1) % self.ratio == 0
         self.noise.at(self.step)
         for micro in range(self.settings.accumulation):
+            for arena in self.arenas.values():
+                arena.reduce_gradients(micro == self.settings.accumulation - 1)
             batch = self._batch(micro)
-            with self._precision(), torch.set_grad_enabled(student_turn):
+            with torch.set_grad_enabled(student_turn):
                 sample = objective.generate(batch)
             if student_turn:
                 self._accumulate("student", objective.student_update, batch, sample)
             if has_critic:
                 self._accumulate("critic", objective.critic_update, batch, sample.detach())
         if student_turn:
-            result = self.optimizers["student"].step(self.student_updates)
-            self.ema.update(self.student_updates, moved=1 - result["skipped"])
-            self.metrics.add("student", result)
+            self.metrics.add("student", self.optimizers["student"].step(self.student_updates))
         for role in objective.critic_modules():
             self.metrics.add(role, self.optimizers[role].step(self.step))
         self.step += 1
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Objective]:
+        """The objective with the moving average of the student's weights, as for sampling."""
+        with self.arenas["student"].showing("ema_0"):
+            yield self.objective
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The student's state dict with averaged weights, whole tensors on every rank."""
+        arena = self.arenas["student"]
+        own = {
+            name.removeprefix("student."): value
+            for name, value in self._kept.items()
+            if name.startswith("student.")
+        }
+        for entry in arena.layout.entries:
+            average = arena.named(arena.ranges["ema_0"])[entry.names[0]]
+            own |= dict.fromkeys(entry.names, _whole(average))
+        return {name: _whole(value) for name, value in own.items()}
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         if self.checkpoints is None:
             return
-        tensors = {
-            "networks": self.objective.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "metrics": self.metrics.state_dict(),
-        } | {f"optimizer-{role}": step.state_dict() for role, step in self.optimizers.items()}
+        tensors, _ = self._state()
+        tensors["metrics"] = self.metrics.state_dict()
         document = {"stage": self.stage, "step": self.step, "seed": self.seed}
         if self.before_checkpoint is not None:
             document["attached"] = self.before_checkpoint()
         self.checkpoints.save(self.stage, self.step, tensors, {"state": document})
 
     def resume(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Continue from a verified checkpoint of this stage.
+        """Continue from a verified checkpoint of this stage, by any number of processes.
 
         Returns:
             What ``before_checkpoint`` attached to it.
@@ -164,24 +201,53 @@ class Trainer:
                 f"{checkpoint.path} is of stage {state['stage']} and seed {state['seed']}; this "
                 f"run is in stage {self.stage} with seed {self.seed}"
             )
+        tensors, optimizers = self._state()
         try:
-            self.objective.load_state_dict(read_tensors(checkpoint.path, "networks"))
-            self.ema.module.load_state_dict(read_tensors(checkpoint.path, "ema"))
-        except RuntimeError as error:
+            load_(checkpoint.path, tensors, self.ranks)
+        except ValueError as error:
             raise ValueError(f"{checkpoint.path} is of other networks: {error}") from error
-        for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(read_tensors(checkpoint.path, f"optimizer-{role}"))
+        for optimizer in optimizers:
+            optimizer.commit()
         self.metrics.load_state_dict(read_tensors(checkpoint.path, "metrics"))
         self.step = state["step"]
         return state.get("attached", {})
+
+    def _state(self) -> tuple[dict[str, dict[str, Tensor]], list[OptimizerState]]:
+        """Every tensor of a checkpoint but the metrics, to save or to load into and commit."""
+        networks = dict(self._kept)
+        for role, arena in self.arenas.items():
+            masters = arena.named(arena.ranges["parameter"])
+            networks |= {f"{role}.{name}": value for name, value in masters.items()}
+        student = self.arenas["student"]
+        tensors = {"networks": networks, "ema": student.named(student.ranges["ema_0"])}
+        states = {role: step.state() for role, step in self.optimizers.items()}
+        tensors |= {f"optimizer-{role}": state.tensors for role, state in states.items()}
+        return tensors, list(states.values())
+
+    def _untrained_state(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters by name, the trained networks' under their roles."""
+        prefixes = {f"{name}.": module for name, module in self.objective.named_modules()}
+        roles = {module: role for role, module in self.modules.items()}
+        trained = {
+            f"{prefix}{name}"
+            for prefix, module in prefixes.items()
+            if module in roles
+            for entry in self.arenas[roles[module]].layout.entries
+            for name in entry.names
+        }
+        state = self.objective.state_dict()
+        return {name: value for name, value in state.items() if name not in trained}
 
     def _accumulate(
         self, role: str, make: Callable[..., Any], batch: Batch, sample: Tensor
     ) -> None:
         """Add one micro-batch's gradients for a role, and its metrics."""
-        with self._precision():
+        with contextlib.ExitStack() as frozen:
+            if role == "student":
+                for name in self.objective.critic_modules():
+                    frozen.enter_context(self.arenas[name].frozen())
             update = make(batch, sample)
-        update.backward(self._trained[role])
+        update.backward()
         self.metrics.add(role, update.metrics)
         if update.by_level:
             chosen = {name: update.metrics[name] for name in update.by_level}
@@ -189,35 +255,51 @@ class Trainer:
 
     def _batch(self, micro: int) -> Batch:
         settings, index = self.settings, self._index[micro]
-        real = self.data.batch(
+        whole = self.data.batch(
             self.seed, self.step * settings.accumulation + micro, settings.batch_size
         )
-        null = None if real.labels is None else torch.full_like(real.labels, self.data.classes)
-        scale = 1 / (settings.batch_size * settings.accumulation)
-        return Batch(index, self.noise, scale, self.data.shape, real.samples, real.labels, null)
+        real, labels = whole.samples[self._share], whole.labels
+        null = None
+        if labels is not None:
+            labels = labels[self._share]
+            null = torch.full_like(labels, self.data.classes)
+        scale = 1 / (len(index) * settings.accumulation)
+        shape, gather, share = self.data.shape, self.ranks.gather, self._share
+        return Batch(index, self.noise, scale, shape, real, labels, null, gather, share)
 
-    def _make_optimizers(self) -> dict[str, OptimizerStep]:
-        modules: dict[str, nn.Module] = {"student": self.objective.student}
-        modules |= self.objective.critic_modules()
-        steps = {}
-        for role, module in modules.items():
-            options: OptimizerSettings | None = getattr(self.settings, role)
-            if options is None:
-                raise ValueError(f"settings.{role} is None, but the objective trains a {role}")
-            updates = (
-                self.settings.steps // self.ratio if role == "student" else self.settings.steps
+    def _split_batch(self) -> tuple[list[Tensor], slice]:
+        """This rank's sample indices in each micro-batch, and where they are in it."""
+        size, ranks = self.settings.batch_size, self.ranks
+        if size % ranks.size:
+            raise ValueError(
+                f"batch_size is {size}, which {ranks.size} ranks cannot share equally; choose a "
+                "multiple"
             )
-            steps[role] = OptimizerStep(module, updates=updates, **dict(options))
-        critics = [step.parameters for role, step in steps.items() if role != "student"]
-        self._trained = {
-            "student": steps["student"].parameters,
-            "critic": [value for parameters in critics for value in parameters],
-        }
-        return steps
+        own = size // ranks.size
+        share = slice(ranks.rank * own, (ranks.rank + 1) * own)
+        rows = torch.arange(self.settings.accumulation * size, device=self.device)
+        return [micro[share] for micro in rows.split(size)], share
 
-    def _precision(self) -> contextlib.AbstractContextManager:
-        enabled = self.settings.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+    def _optimizer(self, role: str) -> OptimizerStep:
+        """A trained network's arena, and the optimizer that works in it."""
+        settings, module = self.settings, self.modules[role]
+        options: OptimizerSettings | None = getattr(settings, role)
+        if options is None:
+            raise ValueError(f"settings.{role} is None, but the objective trains a {role}")
+        is_student = role == "student"
+        low = torch.bfloat16 if settings.precision == "bfloat16" else None
+        if isinstance(module, Denoiser):
+            module.input_dtype = low
+        else:
+            low = None  # a discriminator is small, and computes in float32
+        arena = self.parallel.arena(module, compute_dtype=low, averages=int(is_student))
+        return OptimizerStep(
+            arena,
+            updates=settings.steps // self.ratio if is_student else settings.steps,
+            half_lives=[settings.ema_half_life] if is_student else [],
+            seed=self.seed,
+            **dict(options),
+        )
 
     def _log(self) -> None:
         """Read the metrics: the one moment at which the host waits for the device."""
@@ -252,6 +334,10 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def memory_in_use(device: torch.device) -> float:

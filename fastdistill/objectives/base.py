@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,15 @@ from fastdistill.models import Condition, Denoiser
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One micro-batch of an update."""
+    """One micro-batch of an update: this rank's share of it, where there are several."""
 
     index: Tensor
     """Global index of each sample within this update, int64 [B]: what noise is drawn by."""
     noise: Noise
     """Source of randomness, at this update's step."""
     scale: float
-    """Factor that makes per-sample losses the update's mean: 1 / (B * micro-batches * ranks)."""
+    """Factor that makes per-sample losses the update's mean: 1 / (B * micro-batches), since
+    gradients are averaged over ranks."""
     shape: tuple[int, ...]
     """Shape of one sample."""
     real: Tensor | None = None
@@ -30,6 +32,10 @@ class Batch:
     """What each sample is conditioned on."""
     uncondition: Condition = None
     """The empty or negative condition of classifier-free guidance."""
+    gather: Callable[[Tensor], Tensor] = lambda value: value
+    """Joins a tensor [B, ...] of every rank in the order of samples, for statistics over all."""
+    share: slice = slice(None)
+    """This rank's samples among those that ``gather`` joins."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +51,10 @@ class Update:
     by_level: tuple[str, ...] = ()
     """Names of the metrics reported by noise level."""
 
-    def backward(self, inputs: list[Tensor]) -> None:
-        """Accumulate gradients into ``inputs`` and nowhere else."""
+    def backward(self) -> None:
+        """Accumulate gradients into every parameter that the graphs reach."""
         tensors, cotangents = zip(*self.pairs, strict=True)
-        torch.autograd.backward(tensors, cotangents, inputs=inputs)
+        torch.autograd.backward(tensors, cotangents)
 
 
 class Objective(nn.Module, abc.ABC):

@@ -166,7 +166,7 @@ class DistributionMatching(Objective):
             batch,
         )
         bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
-        weight, metrics = self._weight(logits, bins)
+        weight, metrics = self._weight(logits, bins, batch)
         matched = matching_cotangent(
             sample.detach(),
             noised.x_t.detach(),
@@ -262,16 +262,16 @@ class DistributionMatching(Objective):
         return level, x_t.to(critic.input_dtype or x_t.dtype)
 
     def _weight(
-        self, logits: Tensor | None, bins: Tensor
+        self, logits: Tensor | None, bins: Tensor, batch: Batch
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """h(r) of each sample, and what there is to report of it."""
+        """h(r) of each sample, normalised over all ranks' samples, and what there is to report."""
         divergence, settings = self.settings.divergence, self.settings
         if not divergence.needs_ratio:
             return None, {}
         assert logits is not None
         result = density_ratio_weight(
-            logits,
-            bins,
+            batch.gather(logits.detach()),
+            batch.gather(bins),
             self.ratio_history,
             power=divergence.power,
             c0=divergence.c0,
@@ -286,7 +286,8 @@ class DistributionMatching(Objective):
         self.ratio_history.copy_(result.history)
         # Kish's effective sample size of weights with mean one, as a share of the batch.
         effective = 1 / result.weight.square().mean()
-        return result.weight, {"ratio": result.ratio, "effective_sample_size": effective}
+        metrics = {"ratio": result.ratio[batch.share], "effective_sample_size": effective}
+        return result.weight[batch.share], metrics
 
     def _discriminate(self, batch: Batch, sample: Tensor, update: Update) -> Update:
         """Add the discriminator's loss on real and generated samples, in one pass of 2 B."""

@@ -1,21 +1,25 @@
-"""`OptimizerStep`: one role's clip, finite check, AdamW and learning rate, without a host sync."""
+"""`OptimizerStep`: one role's schedule, clip, finite check, AdamW and averages, without a sync."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from fastdistill.optim.adamw import ArenaAdamW
+from fastdistill.optim.arena import Arena
 from fastdistill.optim.schedule import Schedule, learning_rate_factor
 
 
 class OptimizerStep:
-    """AdamW over a module's trainable parameters, clipped by their global norm.
+    """`ArenaAdamW` over one network's arena, with a schedule that is a function of the update.
 
-    A step whose gradient norm is not finite is skipped on the device: torch's fused AdamW reads
-    ``found_inf``, so that neither weights nor moments nor step counts move.
+    An update whose gradient norm is not finite is skipped on the device: weights, moments, averages
+    and the count of updates stay.
 
     Args:
-        module: the network to train.
+        arena: the network's parameters.
         lr: peak learning rate.
         updates: number of updates of the whole run, for the schedule.
         betas: AdamW's betas.
@@ -25,11 +29,15 @@ class OptimizerStep:
         warmup: updates of linear warm-up.
         final: learning-rate factor at the end.
         clip_norm: bound of the gradient's global norm; None leaves it alone.
+        half_lives: updates after which an old weight counts half, for each average of the arena;
+            early averages forget faster, at (1 + n) / (10 + n) after n updates.
+        stochastic_rounding: round bfloat16 weights stochastically.
+        seed: seed of stochastic rounding.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        arena: Arena,
         lr: float,
         updates: int,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -39,16 +47,28 @@ class OptimizerStep:
         warmup: int = 0,
         final: float = 0.0,
         clip_norm: float | None = None,
+        half_lives: Sequence[float] = (),
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
-        named = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
-        self.names = [name for name, _ in named]
-        self.parameters: list[Tensor] = [value for _, value in named]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+        for half_life in half_lives:
+            if half_life <= 0:
+                raise ValueError(f"half_life is {half_life}; expected a positive number of updates")
+        self.arena = arena
+        self.optimizer = ArenaAdamW(
+            arena,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            max_norm=clip_norm,
+            ema_decays=[0.5 ** (1 / half_life) for half_life in half_lives],
+            ema_warmup=True,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
-        self.lr, self.updates, self.clip_norm = lr, updates, clip_norm
+        self.lr, self.updates = lr, updates
         self.schedule, self.warmup, self.final = schedule, warmup, final
-        self._materialise_state()
 
     def step(self, update: int) -> dict[str, Tensor]:
         """Apply the accumulated gradients as update number ``update``, and clear them.
@@ -59,43 +79,40 @@ class OptimizerStep:
         factor = learning_rate_factor(update, self.updates, self.schedule, self.warmup, self.final)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        gradients = [value.grad for value in self.parameters if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        skipped = (~torch.isfinite(norm)).to(torch.float32)
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "skipped": skipped}
+        self.optimizer.zero_grad()
+        self.arena.publish()
+        norm = self.optimizer.grad_norm
+        return {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).to(torch.float32)}
 
-    def _materialise_state(self) -> None:
-        """Create the moments now, so that they can be loaded into before the first step."""
-        for value in self.parameters:
-            self.optimizer.state[value] = {
-                "step": torch.zeros((), dtype=torch.float32, device=value.device),
-                "exp_avg": torch.zeros_like(value),
-                "exp_avg_sq": torch.zeros_like(value),
-            }
+    def state(self) -> OptimizerState:
+        """What a checkpoint holds of the optimizer."""
+        return OptimizerState(self)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Moments and step counts under ``<parameter>.<moment>`` names, ready for safetensors."""
-        return {
-            f"{name}.{key}": tensor
-            for name, value in zip(self.names, self.parameters, strict=True)
-            for key, tensor in self.optimizer.state[value].items()
+
+class OptimizerState:
+    """An optimizer's moments and counts as named tensors, to save, or to load into and `commit`.
+
+    Attributes:
+        tensors: ``<parameter>.exp_avg`` and ``.exp_avg_sq`` in float32, ``step``, ``skipped``,
+            and ``<parameter>.copy`` where low-precision weights are rounded stochastically.
+    """
+
+    def __init__(self, step: OptimizerStep) -> None:
+        arena, optimizer = step.arena, step.optimizer
+        self._arena = arena
+        self._decoded = {role: arena.decoded(role) for role in ("exp_avg", "exp_avg_sq")}
+        roles = dict(self._decoded)
+        if optimizer.stochastic_rounding:
+            roles["copy"] = arena.ranges["copy"]
+        self.tensors: dict[str, Tensor] = {
+            f"{name}.{role}": part
+            for role, flat in roles.items()
+            for name, part in arena.named(flat).items()
         }
+        self.tensors |= optimizer.counts
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy what `state_dict` gave back in.
-
-        Raises:
-            ValueError: where the names differ.
-        """
-        own = self.state_dict()
-        if own.keys() != state.keys():
-            difference = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"optimizer state does not fit the network: {difference[:5]} differ")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    def commit(self) -> None:
+        """Take over what was loaded into the tensors."""
+        for role, flat in self._decoded.items():
+            self._arena.encode(role, flat)

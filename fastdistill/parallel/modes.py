@@ -1,0 +1,88 @@
+"""How the networks of a run are spread over its processes: single, resident or fsdp."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastdistill.optim.arena import Arena, Moments
+from fastdistill.parallel.ranks import Ranks
+from fastdistill.parallel.sharded import ShardedArena, shard
+from fastdistill.parallel.units import LARGEST_UNIT
+
+Mode = Literal["single", "resident", "fsdp"]
+
+_METHODS = ("features", "forward_with_features")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The processes of a run and what each of them holds of a network.
+
+        single    one process, everything
+        resident  shards of master weights, gradients, moments and averages; the gathered weights
+                  stay from one update of the network to the next, which gathers them once
+        fsdp      the same, and gathered weights only of the unit at work
+
+    Raises:
+        ValueError: for a mode that does not fit the number of processes.
+    """
+
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    mode: Mode = "single"
+    shards: int | None = None
+    """Neighbouring ranks that hold a network together; all if None. Fewer make several replicas of
+    the shards (HSDP), whose weights are gathered within one node, say."""
+    largest_unit: int = LARGEST_UNIT
+    """Bound of the parameters that are gathered together."""
+
+    def __post_init__(self) -> None:
+        if self.mode == "single" and self.ranks.size > 1:
+            raise ValueError(
+                f"mode single is for one process, but there are {self.ranks.size}; choose "
+                "parallel.mode resident (networks up to about three billion parameters) or fsdp"
+            )
+        if self.mode != "single" and self.ranks.group is None:
+            raise ValueError(
+                f"mode {self.mode} spreads networks over processes; start it with torchrun, or "
+                "choose parallel.mode single"
+            )
+
+    def arena(
+        self,
+        module: nn.Module,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        averages: int = 0,
+        moments: Moments = "float32",
+    ) -> Arena:
+        """Take over a network that will be trained, sharding it where the mode says so.
+
+        Args:
+            module: the network in float32, or a denoiser with it, alike on all ranks.
+            compute_dtype: dtype that its forwards compute in; float32 if None.
+            averages: number of moving averages of its weights.
+            moments: float32 or 8bit.
+        """
+        if self.mode == "single":
+            return Arena(module, compute_dtype=compute_dtype, averages=averages, moments=moments)
+        resident = self.mode == "resident"
+        self.shard(module, resident=resident, compute_dtype=compute_dtype)
+        return ShardedArena(module, prefetch=resident, averages=averages, moments=moments)
+
+    def shard(
+        self, module: nn.Module, *, resident: bool = False, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        """Apply FSDP2 to a network, or to that of a denoiser, as to a teacher that does not fit."""
+        network: Any = getattr(module, "network", module)
+        shard(
+            network,
+            self.ranks.mesh(self.shards),
+            resident=resident,
+            compute_dtype=compute_dtype,
+            largest_unit=self.largest_unit,
+            methods=[name for name in _METHODS if hasattr(network, name)],
+        )
