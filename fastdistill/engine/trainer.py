@@ -20,13 +20,10 @@ from torch import Tensor, nn
 from fastdistill.config import OptimizerSettings, TrainingSettings
 from fastdistill.data import InMemoryData
 from fastdistill.diffusion import Noise
-from fastdistill.engine.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    read_document,
-    read_tensors,
-)
+from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.folder import read_document
 from fastdistill.engine.metrics import MetricBuffer
+from fastdistill.engine.shards import read_tensors
 from fastdistill.objectives import Batch, Objective
 from fastdistill.optim import EMA, OptimizerStep
 
@@ -112,7 +109,11 @@ class Trainer:
                 if last or self._stop or self.step % settings.checkpoint_every == 0:
                     self.save()
                 if self._stop and not last:
-                    raise Interrupted(f"stopped in stage {self.stage} at step {self.step}")
+                    break
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        if self.step < settings.steps:
+            raise Interrupted(f"stopped in stage {self.stage} at step {self.step}")
 
     def update(self) -> None:
         """One step: accumulate the cotangents of every micro-batch, then move the weights."""
