@@ -187,7 +187,7 @@ def _unused(folder: Path) -> Path:
 
 
 def _run(job: Job) -> None:
-    from fastdistill.engine.checkpoint import is_disk_full
+    from fastdistill.engine.folder import is_disk_full
     from fastdistill.engine.trainer import Interrupted
 
     folder = job.folder

@@ -1,115 +1,39 @@
-"""Checkpoints: folders of safetensors, committed by a manifest with checksums.
+"""Checkpoints of a run: sharded over its ranks, written beside the training, found again whole.
 
-A folder is written under a temporary name, every file is forced to the disk, the manifest with the
-size and SHA-256 of each file comes last, and one rename makes it visible. A folder whose manifest
-or files do not fit is refused by name; `CheckpointStore.newest` then takes the one before. Nothing
-is unpickled.
+`CheckpointStore.save` copies what is to be saved and returns; a thread writes. All ranks write
+into one partial folder on a file system that they share, each its own file; when every file is on
+the disk, rank 0 writes the manifest and renames. So a rank that is killed at any moment leaves the
+checkpoints before as they were. Nothing is unpickled from a file.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import safetensors
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from fastdistill.engine.folder import (
+    DamagedFolderError,
+    check_files,
+    dump_document,
+    partial_name,
+    read_manifest,
+    remove_folders,
+    remove_partial,
+    replace_folder,
+    replace_link,
+    restore_folders,
+    write_file,
+    write_manifest,
+)
+from fastdistill.engine.shards import HostCopy, Piece, Tensors, own_pieces, write_shard
+from fastdistill.parallel import Ranks
 
-MANIFEST = "manifest.json"
-_FORMAT = 1
-
-
-class DamagedFolderError(ValueError):
-    """A committed folder that is truncated, altered or incomplete."""
-
-
-def commit_folder(
-    path: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
-) -> None:
-    """Write a folder of safetensors and JSON files so that it is whole or absent.
-
-    Args:
-        path: the folder; one that exists is replaced.
-        tensors: tensors by name, by file name (without the extension).
-        documents: JSON documents, by file name (without the extension).
-
-    Raises:
-        OSError: if the disk is full or not writable; nothing is left behind, and a folder that was
-            there before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        for name, group in tensors.items():
-            _save_tensors(_separate(group), partial / f"{name}.safetensors")
-        for name, document in documents.items():
-            (partial / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
-        entries = {file.name: _describe(file) for file in sorted(partial.iterdir())}
-        body = {"format": _FORMAT, "files": entries}
-        (partial / MANIFEST).write_text(json.dumps(body | {"sha256": _digest(body)}, indent=2))
-        for file in partial.iterdir():
-            _synchronise(file)
-        _synchronise(partial)
-        _replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text)
-    _synchronise(partial)
-    partial.replace(path)
-
-
-def check_folder(path: Path) -> None:
-    """Verify a committed folder against its manifest.
-
-    Raises:
-        DamagedFolderError: naming the folder and the file that does not fit.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        body = {key: manifest[key] for key in ("format", "files")}
-        intact = manifest["sha256"] == _digest(body)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFolderError(f"{path} has no readable {MANIFEST}: {error}") from error
-    if not intact:
-        raise DamagedFolderError(f"{path / MANIFEST} was altered: its checksum does not fit")
-    if body["format"] != _FORMAT:
-        raise DamagedFolderError(
-            f"{path} has format {body['format']}, but this version of fastdistill reads {_FORMAT}"
-        )
-    for name, expected in body["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedFolderError(f"{file} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise DamagedFolderError(f"{file} has {size} bytes, expected {expected['bytes']}")
-        if _describe(file) != expected:
-            raise DamagedFolderError(f"{file} was altered: its checksum does not fit")
-
-
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors of one file of a committed folder."""
-    return load_file(path / f"{name}.safetensors")
-
-
-def read_document(path: Path, name: str) -> Any:
-    """One JSON document of a committed folder."""
-    return json.loads((path / f"{name}.json").read_text())
+_FORMAT = 2
+_Result = TypeVar("_Result")
 
 
 class Checkpoint(NamedTuple):
@@ -123,42 +47,144 @@ class Checkpoint(NamedTuple):
 class CheckpointStore:
     """The checkpoints of a run, ``<stage>-<step>``, of which the newest few are kept.
 
+    ``latest`` is a link to the one that was saved last. All ranks make the store and call its
+    methods together.
+
     Args:
-        folder: where they lie.
+        folder: where they lie; the same for all ranks.
         stages: names of the run's stages in their order.
         keep: how many to keep of each stage.
-        say: called with one line for each checkpoint that is refused.
+        say: called on rank 0 with one line for each checkpoint that is refused.
+        ranks: the processes of the run; one alone by default.
     """
 
     def __init__(
-        self, folder: Path, stages: tuple[str, ...], keep: int, say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        stages: tuple[str, ...],
+        keep: int,
+        say: Callable[[str], None] = print,
+        ranks: Ranks | None = None,
     ) -> None:
         self.folder, self.stages, self.keep, self.say = folder, stages, keep, say
+        self.ranks = Ranks() if ranks is None else ranks
+        self._writers = self.ranks.for_thread()
+        self._host = HostCopy()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(
         self,
         stage: str,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Tensors,
         documents: Mapping[str, Any],
+        wait: bool = False,
     ) -> Path:
-        """Commit a checkpoint, then drop the stage's oldest beyond ``keep``."""
+        """Copy the tensors as they are now, then commit a checkpoint beside what comes next.
+
+        The checkpoint before is waited for. After the commit the stage's oldest beyond ``keep``
+        are dropped.
+
+        Args:
+            stage: one of the store's stages.
+            step: number of the step in it.
+            tensors: DTensors, each rank writing its shards, or plain tensors, the same on all
+                ranks, each written once.
+            documents: JSON documents by name; rank 0's are written.
+            wait: return after the commit.
+
+        Returns:
+            Where the checkpoint will be.
+
+        Raises:
+            OSError: if the checkpoint before, or this one if waited for, could not be written on
+                any rank; nothing of it is left, and the others are untouched.
+            RankLostError: if a rank was lost meanwhile.
+        """
+        self.wait()
         path = self.folder / f"{stage}-{step:09d}"
-        commit_folder(path, tensors, documents)
-        own = [checkpoint for checkpoint in self._listed() if checkpoint.stage == stage]
-        for old in own[: -self.keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
+        pieces = self._host.take(own_pieces(tensors, self.ranks))
+        texts = {f"{name}.json": dump_document(value) for name, value in documents.items()}
+        self._pending = self._thread.submit(self._commit, path, pieces, texts)
+        if wait:
+            self.wait()
         return path
 
+    def wait(self) -> None:
+        """Wait until what was saved is committed on all ranks; raises as `save` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
     def newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; damaged ones are named and passed over."""
-        for checkpoint in reversed(self._listed()):
-            try:
-                check_folder(checkpoint.path)
-            except DamagedFolderError as error:
-                self.say(f"refusing checkpoint {checkpoint.path.name}: {error}")
-                continue
-            return checkpoint
+        """The newest intact checkpoint, the same on all ranks; damaged ones are named once.
+
+        Every rank verifies a share of the files.
+        """
+        self.wait()
+        listed = None
+        if self.ranks.is_first:
+            restore_folders(self.folder)
+            listed = self._listed()
+        for checkpoint in reversed(self.ranks.broadcast_object(listed)):
+            found = self.ranks.gather_objects(self._problem(checkpoint.path))
+            problem = next(filter(None, found), None)
+            if problem is None:
+                return checkpoint
+            if self.ranks.is_first:
+                self.say(f"refusing checkpoint {checkpoint.path.name}: {problem}")
+        return None
+
+    def _commit(self, path: Path, pieces: Mapping[str, Piece], texts: Mapping[str, str]) -> None:
+        """Everything that the thread does, over a control group of its own."""
+        writers, partial = self._writers, partial_name(path)
+        try:
+            _together(writers, lambda: self._begin(partial))
+            entries = _together(writers, lambda: write_shard(partial, pieces, writers))
+            _together(writers, lambda: self._finish(path, dict(entries), texts))
+        except BaseException:
+            if writers.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _begin(self, partial: Path) -> None:
+        if self.ranks.is_first:
+            restore_folders(self.folder)
+            remove_partial(self.folder)
+            partial.mkdir(parents=True)
+
+    def _finish(
+        self, path: Path, entries: dict[str, dict[str, Any]], texts: Mapping[str, str]
+    ) -> None:
+        if not self.ranks.is_first:
+            return
+        partial, latest = partial_name(path), self.folder / "latest"
+        entries |= {name: write_file(partial / name, text) for name, text in texts.items()}
+        write_manifest(partial, entries, _FORMAT)
+        if path.exists():
+            latest.unlink(missing_ok=True)  # rather than pointing to what is being replaced
+        replace_folder(partial, path)
+        replace_link(latest, path.name)
+        remove_folders(self._outdated(path))
+
+    def _outdated(self, saved: Path) -> list[Path]:
+        """What the stage has beyond ``keep`` up to the one just saved.
+
+        Later ones are of a run that was resumed from before them; they are replaced in time.
+        """
+        listed = self._listed()
+        last = next(entry for entry in listed if entry.path == saved)
+        own = [entry for entry in listed if entry.stage == last.stage and entry.step <= last.step]
+        return [entry.path for entry in own[: -self.keep]]
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with this rank's share of a checkpoint's files."""
+        try:
+            entries = sorted(read_manifest(path, _FORMAT).items())
+            check_files(path, dict(entries[self.ranks.rank :: self.ranks.size]))
+        except (DamagedFolderError, OSError) as error:
+            return str(error)
         return None
 
     def _listed(self) -> list[Checkpoint]:
@@ -171,68 +197,24 @@ class CheckpointStore:
         return sorted(found, key=lambda entry: (self.stages.index(entry.stage), entry.step))
 
 
-def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no storage, which safetensors refuses: tied weights, views."""
-    seen: set[int] = set()
-    separate = {}
-    for key, value in group.items():
-        value = value.detach().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        separate[key] = value.clone() if storage in seen else value
-        seen.add(storage)
-    return separate
-
-
-def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+def _together(ranks: Ranks, action: Callable[[], _Result]) -> list[_Result]:
+    """Act on every rank and gather the results; what fails on one rank fails on all."""
+    result, failure = None, None
     try:
-        save_file(tensors, file)
-    except safetensors.SafetensorError as error:
-        # safetensors hides the system's error number in its text.
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        number = int(code[1])
-        raise OSError(number, os.strerror(number), str(file)) from error
+        result = action()
+    except Exception as error:
+        failure = error
+    answers = ranks.gather_objects((result, failure and _reported(failure, ranks.rank)))
+    if failure is not None:
+        raise failure
+    for _, reported in answers:
+        if reported is not None:
+            raise reported
+    return [result for result, _ in answers]
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(partial: Path, path: Path) -> None:
-    """Rename over a folder that may exist: the old one is set aside first, then removed."""
-    old = path.with_name(f".old-{path.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    try:
-        partial.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    _synchronise(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether an error says that a disk or a quota is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _reported(error: Exception, rank: int) -> Exception:
+    """An error as the other ranks see it; a full disk stays one."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, f"rank {rank}: {error.strerror}", error.filename)
+    return RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")

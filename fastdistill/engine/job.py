@@ -30,7 +30,8 @@ from fastdistill.config import Recipe, RecipeError, TrainingSettings, dump_recip
 from fastdistill.data import DATA_SETS
 from fastdistill.diffusion import Noise
 from fastdistill.engine import sampling
-from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore, write_text
+from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.folder import write_text
 from fastdistill.engine.log import RunLog
 from fastdistill.engine.report import REAL, write_report
 from fastdistill.engine.saved import DenoiserDescription, load_denoiser, save_denoiser

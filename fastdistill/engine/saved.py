@@ -14,12 +14,8 @@ from fastdistill.config import (
     Recipe,
     _Settings,
 )
-from fastdistill.engine.checkpoint import (
-    check_folder,
-    commit_folder,
-    read_document,
-    read_tensors,
-)
+from fastdistill.engine.folder import check_folder, commit_folder, read_document
+from fastdistill.engine.shards import read_tensors
 from fastdistill.models import Denoiser
 from fastdistill.models.digits import DigitsNetwork
 

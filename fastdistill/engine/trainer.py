@@ -21,16 +21,12 @@ from torch.distributed.tensor import DTensor
 from fastdistill.config import OptimizerSettings, TrainingSettings
 from fastdistill.data import InMemoryData
 from fastdistill.diffusion import Noise
-from fastdistill.engine.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    load_,
-    read_document,
-    read_tensors,
-)
+from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.folder import read_document
 from fastdistill.engine.metrics import MetricBuffer
-from fastdistill.objectives import Batch, Objective
+from fastdistill.engine.shards import load_, read_tensors
 from fastdistill.models import Denoiser
+from fastdistill.objectives import Batch, Objective
 from fastdistill.optim import Arena, OptimizerStep
 from fastdistill.optim.step import OptimizerState
 from fastdistill.parallel import Parallel
@@ -165,15 +161,15 @@ class Trainer:
     def averaged_weights(self) -> dict[str, Tensor]:
         """The student's state dict with averaged weights, whole tensors on every rank."""
         arena = self.arenas["student"]
-        own = {
-            name.removeprefix("student."): value
+        averages = arena.named(arena.ranges["ema_0"])
+        weights = {
+            name.removeprefix("student."): _whole(value)
             for name, value in self._kept.items()
             if name.startswith("student.")
         }
         for entry in arena.layout.entries:
-            average = arena.named(arena.ranges["ema_0"])[entry.names[0]]
-            own |= dict.fromkeys(entry.names, _whole(average))
-        return {name: _whole(value) for name, value in own.items()}
+            weights |= dict.fromkeys(entry.names, _whole(averages[entry.names[0]]))
+        return weights
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
@@ -203,7 +199,7 @@ class Trainer:
             )
         tensors, optimizers = self._state()
         try:
-            load_(checkpoint.path, tensors, self.ranks)
+            load_(checkpoint.path, tensors)
         except ValueError as error:
             raise ValueError(f"{checkpoint.path} is of other networks: {error}") from error
         for optimizer in optimizers:

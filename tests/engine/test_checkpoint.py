@@ -8,15 +8,15 @@ import json
 import pytest
 import torch
 
-from fastdistill.engine import checkpoint as module
-from fastdistill.engine.checkpoint import (
-    CheckpointStore,
+from fastdistill.engine import checkpoint, folder, shards
+from fastdistill.engine.checkpoint import CheckpointStore
+from fastdistill.engine.folder import (
     DamagedFolderError,
     check_folder,
     commit_folder,
     read_document,
-    read_tensors,
 )
+from fastdistill.engine.shards import load_, read_tensors
 
 TENSORS = {"networks": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}}
 
@@ -32,7 +32,7 @@ def store(tmp_path):
 
 
 def save(store, stage="distill", step=1):
-    return store.save(stage, step, TENSORS, {"state": {"step": step}})
+    return store.save(stage, step, TENSORS, {"state": {"step": step}}, wait=True)
 
 
 def test_what_is_saved_is_read_back(tmp_path):
@@ -48,7 +48,7 @@ def test_newest_is_by_stage_then_step_and_old_ones_go(store):
         save(store, stage, step)
     assert (store.newest().stage, store.newest().step) == ("distill", 100)
     left = sorted(path.name for path in store.folder.iterdir())
-    assert left == ["distill-000000020", "distill-000000100", "teacher-000000090"]
+    assert left == ["distill-000000020", "distill-000000100", "latest", "teacher-000000090"]
 
 
 def _truncate(path):
@@ -62,7 +62,7 @@ def _flip_a_bit(path):
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip_a_bit, lambda path: path.unlink()])
-@pytest.mark.parametrize("file", ["networks.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("file", ["shard-00000-of-00001.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_newest_checkpoint_is_refused_by_name_and_the_one_before_used(
     store, damage, file
 ):
@@ -87,8 +87,18 @@ def test_all_damaged_means_none(store):
     assert store.newest() is None
 
 
-@pytest.mark.parametrize("failing", ["_save_tensors", "_synchronise", "_replace"])
-def test_a_full_disk_leaves_the_checkpoints_before_and_no_litter(store, monkeypatch, failing):
+@pytest.mark.parametrize(
+    ("module", "failing"),
+    [
+        (folder, "save_file"),
+        (folder, "_synchronise"),
+        (checkpoint, "write_file"),
+        (checkpoint, "replace_folder"),
+    ],
+)
+def test_a_full_disk_leaves_the_checkpoints_before_and_no_litter(
+    store, monkeypatch, module, failing
+):
     save(store, step=1)
 
     def fail(*_):
@@ -97,17 +107,17 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_no_litter(store, monkeypa
     monkeypatch.setattr(module, failing, fail)
     with pytest.raises(OSError, match="No space left"):
         save(store, step=2)
-    assert [path.name for path in store.folder.iterdir()] == ["distill-000000001"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["distill-000000001", "latest"]
     assert store.newest().step == 1
 
 
 def test_replacing_a_folder_keeps_the_old_one_if_the_new_one_fails(tmp_path, monkeypatch):
     commit_folder(tmp_path / "x", {}, {"state": 1})
-    original = module._synchronise
-    monkeypatch.setattr(module, "_synchronise", lambda path: 1 / 0)
+    original = folder._synchronise
+    monkeypatch.setattr(folder, "_synchronise", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         commit_folder(tmp_path / "x", {}, {"state": 2})
-    monkeypatch.setattr(module, "_synchronise", original)
+    monkeypatch.setattr(folder, "_synchronise", original)
     assert read_document(tmp_path / "x", "state") == 1
     commit_folder(tmp_path / "x", {}, {"state": 3})
     assert read_document(tmp_path / "x", "state") == 3
