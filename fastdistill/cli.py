@@ -41,11 +41,13 @@ def train(
 ) -> None:
     """Run a recipe from data to report."""
     from fastdistill.config import load_recipe
-    from fastdistill.engine.job import Job
+    from fastdistill.engine.job import Job, start_ranks
 
     loaded = load_recipe(recipe, overrides)
-    job = Job.create(output or _unused(Path("runs") / loaded.name), loaded, say)
-    say(f"run folder: {job.folder}")
+    ranks = start_ranks(loaded)
+    folder = ranks.broadcast_object(output or _unused(Path("runs") / loaded.name))
+    job = Job.create(folder, loaded, say, ranks)
+    job.say(f"run folder: {job.folder}")
     _run(job)
 
 
@@ -202,6 +204,8 @@ def _run(job: Job) -> None:
         if not is_disk_full(error):
             raise
         _stop(f"error: {error}; make room, then {advice}", 1)
+    if summary is None:
+        return
     _print_comparison(summary)
     say("summary.json, grid.png, report.html, metrics.jsonl and student/ are in")
     say(str(folder))

@@ -148,7 +148,11 @@ class TrainingSettings(_Settings):
     critic_updates_per_student_update: PositiveInt = 1
     """Critic updates for each update of the student: 5 means five."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the networks under autocast."""
+    """What the networks compute in; bfloat16 ones have float32 master weights."""
+    stochastic_rounding: bool = False
+    """Round the bfloat16 weights stochastically, so that small updates are not lost on average."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """Storage of AdamW's moments; 8bit ones are rounded stochastically, with a scale for 256."""
     student: OptimizerSettings
     """Optimizer of the network that is distilled (or, for a teacher, trained)."""
     critic: OptimizerSettings | None = None
@@ -165,6 +169,27 @@ class TrainingSettings(_Settings):
     """Steps between checkpoints; one is also made at the end and on Ctrl-C."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; at least two, so that a damaged newest one costs little."""
+
+
+class ParallelSettings(_Settings):
+    """How networks are spread over the processes that torchrun starts."""
+
+    mode: Literal["auto", "single", "resident", "fsdp"] = "auto"
+    """single: one process. resident: sharded states, weights gathered once an update, for networks
+    up to about three billion parameters. fsdp: weights gathered unit by unit, for larger ones.
+    auto: the first of these that fits the processes and the student."""
+    shards: PositiveInt | None = None
+    """Neighbouring processes that hold a network together, as those of one node (HSDP); null is
+    all."""
+    largest_unit: PositiveInt = 400_000_000
+    """Parameters that are gathered together at most."""
+    teacher: Literal["replicated", "sharded"] = "replicated"
+    """The frozen teacher whole on every process, or sharded where it does not fit."""
+    checkpoint_blocks: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them: slower by a
+    forward, for networks whose activations do not fit."""
+    timeout: PositiveFloat = 600.0
+    """Seconds after which a process that waits for another ends the run."""
 
 
 class ModelSettings(_Settings):
@@ -288,6 +313,8 @@ class Recipe(_Settings):
     """The distillation method."""
     training: TrainingSettings
     """The distillation."""
+    parallel: ParallelSettings = ParallelSettings()
+    """Processes."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """How the student is judged."""
 

@@ -46,41 +46,65 @@ from fastdistill.objectives import (
     Objective,
     get_divergence,
 )
+from fastdistill.parallel import Parallel, Ranks
 
 STAGES = ("teacher", "distill")
+
+
+def _silent(line: str) -> None:
+    """What ranks other than the first say."""
 
 
 class Job:
     """One run of a recipe in one folder.
 
+    Under torchrun every process makes the same job; the first one alone writes and speaks.
+
     Args:
-        folder: the run's folder, made by `create` or found by `open`.
+        folder: the run's folder, made by `create` or found by `open`; one for all processes.
         recipe: what is run.
         say: called with each line for the screen.
+        ranks: the processes of the run; those that torchrun started if None.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None:
-        self.folder, self.recipe, self.say = folder, recipe, say
-        self.device = choose_device(recipe.device)
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        say: Callable[[str], None] = print,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.ranks = ranks or start_ranks(recipe)
+        self.say = say if self.ranks.is_first else _silent
+        self.device = self.ranks.device
         torch.set_num_threads(recipe.threads)
         self.data = DATA_SETS[recipe.data]().to(self.device)
         self.description = DenoiserDescription.of(recipe, self.data.shape, self.data.classes)
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe, say: Callable[[str], None] = print) -> Job:
+    def create(
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        say: Callable[[str], None] = print,
+        ranks: Ranks | None = None,
+    ) -> Job:
         """Start a run in a new or empty folder.
 
         Raises:
             FileExistsError: where the folder holds anything.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(
-                f"{folder} is not empty; choose another --output, or continue the run in it with "
-                f"`fastdistill resume {folder}`"
-            )
-        job = cls(folder, recipe, say)  # a recipe that cannot run here leaves nothing behind
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        job = cls(folder, recipe, say, ranks)  # a recipe that cannot run here leaves nothing behind
+        if job.ranks.is_first:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise FileExistsError(
+                    f"{folder} is not empty; choose another --output, or continue the run in it "
+                    f"with `fastdistill resume {folder}`"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        job.ranks.barrier()
         return job
 
     @classmethod
@@ -95,26 +119,30 @@ class Job:
             raise RecipeError(f"{folder} holds no run: {path} is missing")
         return cls(folder, parse_recipe(yaml.safe_load(path.read_text()), str(path)), say)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any] | None:
         """Do what is still to be done, from the newest intact checkpoint on.
 
         Returns:
-            The summary, as in ``summary.json``.
+            The summary, as in ``summary.json``, on the first rank.
 
         Raises:
             Interrupted: after a checkpoint, on Ctrl-C.
             BlockingIOError: where another process runs in the folder.
+            RankLostError: where a process of the run died or does not answer.
         """
-        with self._locked():
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.ranks.is_first:
+                stack.enter_context(self._locked())
+                log = stack.enter_context(RunLog(self.folder, self.say))
             newest = self._store().newest()
-            with RunLog(self.folder, self.say) as log:
-                if newest is None:
-                    log.restart(0)
-                teacher = self._teacher(newest, log)
-                student = self._distill(teacher, newest, log)
-            return self._finish(teacher, student)
+            if newest is None and log is not None:
+                log.restart(0)
+            teacher = self._teacher(newest, log)
+            student = self._distill(teacher, newest, log)
+            return self._finish(teacher, student) if self.ranks.is_first else None
 
-    def _teacher(self, newest: Checkpoint | None, log: RunLog) -> Denoiser:
+    def _teacher(self, newest: Checkpoint | None, log: RunLog | None) -> Denoiser:
         """The teacher: loaded, or trained in the stage of that name."""
         settings = self.recipe.teacher
         if settings.path is not None:
@@ -129,49 +157,78 @@ class Job:
         objective = Denoising(denoiser, settings.law, condition_dropout=settings.condition_dropout)
         trainer = self._trainer("teacher", objective, settings.training, log)
         self._fit(trainer, newest, log)
-        save_denoiser(folder, trainer.ema.module, self.description)
-        return trainer.ema.module
+        return self._save_averaged(trainer, folder, self.description)
 
-    def _distill(self, teacher: Denoiser, newest: Checkpoint | None, log: RunLog) -> Denoiser:
+    def _distill(
+        self, teacher: Denoiser, newest: Checkpoint | None, log: RunLog | None
+    ) -> Denoiser:
         """The student, an average of the weights of the distillation stage."""
         recipe = self.recipe
         objective = make_objective(recipe, teacher).to(self.device)
+        if recipe.parallel.teacher == "sharded" and self.ranks.size > 1:
+            self._parallel(objective).shard(objective.teacher)
         trainer = self._trainer("distill", objective, recipe.training, log)
         self._fit(trainer, newest if newest and newest.stage == "distill" else None, log)
         times = recipe.objective.student_times
         description = self.description.model_copy(update={"times": times})
-        save_denoiser(self.folder / "student", trainer.ema.module, description)
-        return trainer.ema.module
+        return self._save_averaged(trainer, self.folder / "student", description)
+
+    def _save_averaged(
+        self, trainer: Trainer, folder: Path, description: DenoiserDescription
+    ) -> Denoiser:
+        """The trained student with averaged weights, whole, and saved."""
+        weights = trainer.averaged_weights()
+        denoiser = description.build().to(self.device)
+        denoiser.load_state_dict(weights)
+        if self.ranks.is_first:
+            save_denoiser(folder, denoiser, description)
+        self.ranks.barrier()
+        return denoiser.requires_grad_(False).eval()
+
+    def _parallel(self, objective: Objective) -> Parallel:
+        settings, ranks = self.recipe.parallel, self.ranks
+        mode = settings.mode
+        if mode == "auto":
+            mode = Parallel.fitting(ranks, objective.student)
+        return Parallel(ranks, mode, settings.shards, settings.largest_unit)
 
     def _trainer(
-        self, stage: str, objective: Objective, settings: TrainingSettings, log: RunLog
+        self, stage: str, objective: Objective, settings: TrainingSettings, log: RunLog | None
     ) -> Trainer:
-        log.begin(stage, settings)
+        if self.recipe.parallel.checkpoint_blocks:
+            checkpoint_blocks(objective)
+        if log is not None:
+            log.begin(stage, settings)
         return Trainer(
             objective,
             self.data,
             settings,
             seed=self.recipe.seed,
+            parallel=self._parallel(objective),
             checkpoints=self._store(settings.keep_checkpoints),
             stage=stage,
-            on_log=lambda row: log.write(row, memory_in_use(self.device)),
+            on_log=None if log is None else lambda row: log.write(row, memory_in_use(self.device)),
             on_sample=lambda trainer: self._judge(trainer, log),
-            before_checkpoint=log.commit,
+            before_checkpoint=None if log is None else log.commit,
         )
 
-    def _fit(self, trainer: Trainer, checkpoint: Checkpoint | None, log: RunLog) -> None:
+    def _fit(self, trainer: Trainer, checkpoint: Checkpoint | None, log: RunLog | None) -> None:
         if checkpoint is not None:
             attached = trainer.resume(checkpoint)
-            log.restart(attached["metrics_bytes"], trainer.step)
+            if log is not None:
+                log.restart(attached["metrics_bytes"], trainer.step)
             self.say(f"resuming stage {trainer.stage} at step {trainer.step}")
         trainer.fit()
 
-    def _judge(self, trainer: Trainer, log: RunLog) -> None:
+    def _judge(self, trainer: Trainer, log: RunLog | None) -> None:
         """Evaluate the averaged student during training, and draw a few of its samples."""
         if trainer.stage != "distill":
             return
         count = self.recipe.evaluation.samples_during_training
-        images = self._student_samples(trainer.ema.module, count)
+        with trainer.averaged() as student:
+            images = self._student_samples(student, count)
+        if log is None:
+            return
         scores = evaluate_samples(self.data.samples, images, self._classifier)
         log.write_scores(trainer.stage, trainer.step, scores)
         folder = self.folder / "samples"
@@ -258,7 +315,7 @@ class Job:
         return digits_classifier()
 
     def _store(self, keep: int = 2) -> CheckpointStore:
-        return CheckpointStore(self.folder / "checkpoints", STAGES, keep, self.say)
+        return CheckpointStore(self.folder / "checkpoints", STAGES, keep, self.say, self.ranks)
 
     def _check_fits(self, found: DenoiserDescription, path: Path) -> None:
         for name in ("shape", "classes", "model", "process", "parametrisation"):
@@ -279,6 +336,29 @@ class Job:
             yield
 
 
+def start_ranks(recipe: Recipe) -> Ranks:
+    """The processes that torchrun started, or this one alone."""
+    device = choose_device(recipe.device)
+    return Ranks.start(str(device), recipe.parallel.timeout)
+
+
+def checkpoint_blocks(objective: Objective) -> None:
+    """Recompute activations in backward passes, in every trained network that can.
+
+    Raises:
+        RecipeError: for a network that cannot.
+    """
+    for denoiser in (objective.student, *objective.critic_modules().values()):
+        if not isinstance(denoiser, Denoiser):
+            continue
+        if not hasattr(denoiser.network, "enable_gradient_checkpointing"):
+            raise RecipeError(
+                f"parallel.checkpoint_blocks: {type(denoiser.network).__name__} has no "
+                "enable_gradient_checkpointing()"
+            )
+        denoiser.network.enable_gradient_checkpointing()
+
+
 def make_objective(recipe: Recipe, teacher: Denoiser) -> DistributionMatching:
     """The recipe's objective, with student and critic that start as copies of the teacher."""
     settings = recipe.objective
@@ -289,9 +369,15 @@ def make_objective(recipe: Recipe, teacher: Denoiser) -> DistributionMatching:
             discriminator = Discriminator(teacher.network.feature_shapes)
     names = {field.name for field in dataclasses.fields(MatchingSettings)} - {"divergence"}
     shared = settings.model_dump(include=names)
+    frozen = teacher
+    if recipe.training.precision == "bfloat16" or recipe.parallel.teacher == "sharded":
+        frozen = copy.deepcopy(teacher)  # the teacher itself is judged as it is
+    if recipe.training.precision == "bfloat16":
+        frozen.network.to(torch.bfloat16)
+        frozen.input_dtype = torch.bfloat16
     return DistributionMatching(
         copy.deepcopy(teacher).requires_grad_(True).train(),
-        teacher,
+        frozen,
         copy.deepcopy(teacher).requires_grad_(True).train(),
         settings.student_times,
         settings.matching_law,

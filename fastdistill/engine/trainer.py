@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastdistill.config import OptimizerSettings, TrainingSettings
@@ -153,10 +153,13 @@ class Trainer:
         self.step += 1
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[Objective]:
-        """The objective with the moving average of the student's weights, as for sampling."""
+    def averaged(self) -> Iterator[Denoiser]:
+        """The student with its averaged weights, in evaluation mode, as for sampling."""
+        student = self.objective.student
+        was_training = student.training
         with self.arenas["student"].showing("ema_0"):
-            yield self.objective
+            yield student.eval()
+        student.train(was_training)
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The student's state dict with averaged weights, whole tensors on every rank."""
@@ -288,11 +291,14 @@ class Trainer:
             module.input_dtype = low
         else:
             low = None  # a discriminator is small, and computes in float32
-        arena = self.parallel.arena(module, compute_dtype=low, averages=int(is_student))
+        arena = self.parallel.arena(
+            module, compute_dtype=low, averages=int(is_student), moments=settings.moments
+        )
         return OptimizerStep(
             arena,
             updates=settings.steps // self.ratio if is_student else settings.steps,
             half_lives=[settings.ema_half_life] if is_student else [],
+            stochastic_rounding=settings.stochastic_rounding and "copy" in arena.ranges,
             seed=self.seed,
             **dict(options),
         )

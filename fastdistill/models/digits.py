@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdistill.models.denoiser import Condition
 
@@ -49,6 +50,7 @@ class DigitsNetwork(nn.Module):
         super().__init__()
         pixels, frequencies = math.prod(shape), 16
         self.shape, self.width = shape, width
+        self.recompute = False
         scale = torch.linspace(math.log(0.5), math.log(16.0), frequencies).exp()
         self.frequencies: Tensor
         self.register_buffer("frequencies", scale, persistent=False)
@@ -61,6 +63,10 @@ class DigitsNetwork(nn.Module):
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
         self.leave = nn.Sequential(nn.LayerNorm(width), output)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.recompute = True
 
     @property
     def feature_shapes(self) -> list[tuple[int, ...]]:
@@ -96,7 +102,10 @@ class DigitsNetwork(nn.Module):
         hidden = self.enter(model_input.flatten(1))
         states = []
         for block in self.blocks:
-            hidden = block(hidden, embedding)
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, embedding, use_reentrant=False)
+            else:
+                hidden = block(hidden, embedding)
             states.append(hidden)
         return states
 

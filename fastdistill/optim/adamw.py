@@ -84,9 +84,16 @@ class ArenaAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         defaults = {
-            **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            **{"amsgrad": amsgrad, "maximize": maximize, "differentiable": differentiable},
-            **{"foreach": foreach, "capturable": capturable, "fused": fused},
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "foreach": foreach,
+            "capturable": capturable,
+            "fused": fused,
         }
         self._arena: Arena | None = None
         if isinstance(params, Arena):
@@ -94,9 +101,7 @@ class ArenaAdamW(torch.optim.Optimizer):
             self._arena = params
         else:
             super().__init__(params, defaults)
-            self._arena = _make_arena(
-                self.param_groups, gradient_dtype, len(ema_decays), moments
-            )
+            self._arena = _make_arena(self.param_groups, gradient_dtype, len(ema_decays), moments)
         if len(ema_decays) != len(self.arena.averages):
             raise ValueError(
                 f"there are {len(ema_decays)} ema_decays, but the arena has "
@@ -119,7 +124,7 @@ class ArenaAdamW(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> Tensor:
-        """Number of updates that were skipped since their gradient was not finite, on the device."""
+        """Number of updates skipped since their gradient was not finite, on the device."""
         return self._counters[0]
 
     @property
@@ -142,13 +147,13 @@ class ArenaAdamW(torch.optim.Optimizer):
         """
         if getattr(self, "_arena", None) is not None:
             raise ValueError(
-                "the arena was laid out when the optimizer was made; make a new ArenaAdamW with all "
-                "parameter groups, and load this one's state_dict into it"
+                "the arena was laid out when the optimizer was made; make a new ArenaAdamW with "
+                "all parameter groups, and load this one's state_dict into it"
             )
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters from their gradients.
 
         Args:
@@ -167,10 +172,14 @@ class ArenaAdamW(torch.optim.Optimizer):
         arena.collect_gradients()
         self.squared_norm = sum_of_squares(ranges["gradient"], ticket=self._ticket)
         arena.sum_over_shards_(self.squared_norm)
-        for key in self._keys.values():
-            key[2].copy_(self._step)
+        for key in (self._copy_key, self._moment_key):
+            if key is not None:
+                key[2].copy_(self._step)
         adamw_ema_(
-            *(ranges[role] for role in ("parameter", "gradient", *_MOMENTS)),
+            ranges["parameter"],
+            ranges["gradient"],
+            ranges["exp_avg"],
+            ranges["exp_avg_sq"],
             self._step,
             starts=self._starts,
             groups=self._groups,
@@ -182,9 +191,11 @@ class ArenaAdamW(torch.optim.Optimizer):
             ema_decays=self.ema_decays,
             ema_warmup=self.ema_warmup,
             copy=ranges.get("copy"),
+            key=self._copy_key,
+            exp_avg_scale=arena.scales.get("exp_avg"),
+            exp_avg_sq_scale=arena.scales.get("exp_avg_sq"),
+            moment_key=self._moment_key,
             counters=self._counters,
-            **{f"{role}_scale": scale for role, scale in arena.scales.items()},
-            **self._keys,
         )
         return loss
 
@@ -217,7 +228,7 @@ class ArenaAdamW(torch.optim.Optimizer):
         return state_dict
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy in what `state_dict` or ``torch.optim.AdamW.state_dict`` gave.
 
         Moving averages that it lacks begin at the weights.
@@ -293,15 +304,12 @@ class ArenaAdamW(torch.optim.Optimizer):
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int32, device=device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        self._keys: dict[str, Tensor] = {}
-        if stochastic_rounding:
-            if "copy" not in arena.ranges:
-                raise ValueError(
-                    "stochastic_rounding rounds bfloat16 weights, but all parameters are float32"
-                )
-            self._keys["key"] = self._key(seed, "arena-copy")
-        if arena.scales:
-            self._keys["moment_key"] = self._key(seed, "arena-moments")
+        if stochastic_rounding and "copy" not in arena.ranges:
+            raise ValueError(
+                "stochastic_rounding rounds bfloat16 weights, but the network computes in float32"
+            )
+        self._copy_key = self._key(seed, "arena-copy") if stochastic_rounding else None
+        self._moment_key = self._key(seed, "arena-moments") if arena.scales else None
         held = set(arena.parameters)
         self._strangers = [value for value in self._all_parameters() if value not in held]
         self._expose_state()

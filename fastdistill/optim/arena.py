@@ -206,7 +206,7 @@ class Arena:
         for parameter, view in zip(self.parameters, self._gradients, strict=True):
             if parameter.grad is not view:
                 if parameter.dtype != dtype:
-                    parameter.grad_dtype = dtype  # type: ignore[attr-defined]
+                    parameter.grad_dtype = dtype
                 parameter.grad = view
 
     @torch.no_grad()
@@ -301,7 +301,8 @@ def arena_roles(
     roles = {"parameter": master, "gradient": gradient_dtype or common}
     roles |= {"exp_avg": moment, "exp_avg_sq": moment}
     roles |= {f"ema_{k}": master for k in range(averages)}
-    return roles | {"copy": dtype for dtype in dtypes - {master}}
+    low = dtypes - {master}
+    return roles | ({"copy": low.pop()} if low else {})
 
 
 def trainable_parameters(
@@ -334,7 +335,7 @@ def _check(named: Sequence[tuple[tuple[str, ...], Tensor]]) -> None:
             )
     dtypes = {parameter.dtype for _, parameter in named}
     known = {torch.float32, torch.bfloat16, torch.float16}
-    if dtypes - known and dtypes != {torch.float64} or len(dtypes - {torch.float32}) > 1:
+    if (dtypes - known and dtypes != {torch.float64}) or len(dtypes - {torch.float32}) > 1:
         raise ValueError(
             f"parameters are {', '.join(sorted(map(str, dtypes)))}; expected float32, bfloat16 or "
             "float16, of which float32 and one other may be mixed, or float64 alone"
@@ -343,11 +344,13 @@ def _check(named: Sequence[tuple[tuple[str, ...], Tensor]]) -> None:
 
 def _memory_order(value: Tensor) -> tuple[int, ...] | None:
     """Dimensions from the slowest to the fastest, where the tensor is dense but not row-major."""
-    if value.is_contiguous() or not _is_dense(value):
-        return None
-    return tuple(sorted(range(value.ndim), key=lambda dim: -value.stride(dim)))
+    return None if value.is_contiguous() or not _is_dense(value) else _by_stride(value)
 
 
 def _is_dense(value: Tensor) -> bool:
-    order = sorted(range(value.ndim), key=lambda dim: -value.stride(dim))
-    return value.permute(order).is_contiguous()
+    return value.permute(_by_stride(value)).is_contiguous()
+
+
+def _by_stride(value: Tensor) -> tuple[int, ...]:
+    strides = value.stride()
+    return tuple(sorted(range(value.ndim), key=lambda dim: -strides[dim]))

@@ -37,7 +37,9 @@ class UnitInArena:
     """
 
     def __init__(self, arena: ShardedArena, module: Any, group: Any, number: int) -> None:
-        names = {parameter: name for name, parameter in zip(arena.names, arena.parameters)}
+        names = {
+            parameter: name for name, parameter in zip(arena.names, arena.parameters, strict=True)
+        }
         held = [one for one in group.fsdp_params if one.sharded_param in names]
         offsets = {one: arena.layout.offset(names[one.sharded_param]) for one in held}
         # FSDP2 lays gradients out in the order of this list; frozen parameters have none.
@@ -72,9 +74,7 @@ class UnitInArena:
             if hasattr(one, "_unsharded_param"):
                 one._unsharded_param.requires_grad_(wanted)
 
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the input, then for the output, of a reduce-scatter."""
         self._awaits_output = not self._awaits_output
         fits = torch.Size(size) == self._gradient.shape and dtype == self._gradient.dtype
@@ -97,9 +97,7 @@ class UnitInArena:
         )
 
 
-def move_into_arena(
-    arena: ShardedArena, modules: Sequence[FSDPModule]
-) -> list[UnitInArena] | None:
+def move_into_arena(arena: ShardedArena, modules: Sequence[FSDPModule]) -> list[UnitInArena] | None:
     """Move every unit's shards and gradients into the arena, or None where torch has no way."""
     groups = [_groups(module) for module in modules]
     missing = _missing_hooks(groups)

@@ -15,6 +15,9 @@ from fastdistill.parallel.units import LARGEST_UNIT
 
 Mode = Literal["single", "resident", "fsdp"]
 
+LARGEST_RESIDENT = 3_000_000_000
+"""Parameters of a network whose gathered bfloat16 weights, 6 GB, may stay on every rank."""
+
 _METHODS = ("features", "forward_with_features")
 
 
@@ -50,6 +53,14 @@ class Parallel:
                 f"mode {self.mode} spreads networks over processes; start it with torchrun, or "
                 "choose parallel.mode single"
             )
+
+    @staticmethod
+    def fitting(ranks: Ranks, module: nn.Module) -> Mode:
+        """The mode for these processes and a network of this size."""
+        if ranks.size == 1:
+            return "single"
+        size = sum(parameter.numel() for parameter in module.parameters())
+        return "resident" if size <= LARGEST_RESIDENT else "fsdp"
 
     def arena(
         self,

@@ -111,14 +111,14 @@ class ShardedArena(Arena):
         self._modules, self._prefetch = list(units.values()), prefetch
         numbers = {name: number for number, name in enumerate(units)}
         owners = {names[0]: numbers[owner(names[0], numbers)] for names, _ in named}
-        shards = mesh.size(mesh.ndim - 1)
-        layout = plan_arena(module, group=group, shards=shards, units=owners)
+        size = mesh.size(mesh.ndim - 1)
+        layout = plan_arena(module, group=group, shards=size, units=owners)
         roles = arena_roles([torch.float32], averages=averages, moments=moments)
         self._allocate(layout, parameters, roles)
+        self._sharded = parameters
         self._gradients = self.views("gradient")
         with torch.no_grad():
-            shards = [parameter.to_local() for parameter in parameters]
-            torch._foreach_copy_(self.views("parameter"), shards)
+            torch._foreach_copy_(self.views("parameter"), self._shards())
             self.refresh()
         self._shown = "parameter"
         self._moved: list[UnitInArena] | None = move_into_arena(self, self._modules)
@@ -135,7 +135,7 @@ class ShardedArena(Arena):
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         return {
             name: _like(parameter, self.view(name, flat))
-            for name, parameter in zip(self.names, self.parameters, strict=True)
+            for name, parameter in zip(self.names, self._sharded, strict=True)
         }
 
     def publish(self) -> None:
@@ -161,7 +161,7 @@ class ShardedArena(Arena):
         flat = self.ranges[role]
         if self._moved is None:
             views = [self.view(name, flat) for name in self.names]
-            torch._foreach_copy_([parameter.to_local() for parameter in self.parameters], views)
+            torch._foreach_copy_(self._shards(), views)
         elif role != self._shown:
             for unit in self._moved:
                 unit.show(flat)
@@ -178,16 +178,20 @@ class ShardedArena(Arena):
         if self._moved is not None and all(unit.landed for unit in self._moved):
             return
         for parameter, view in zip(self.parameters, self._gradients, strict=True):
-            if parameter.grad is None:
+            gradient: Any = parameter.grad
+            if gradient is None:
                 view.zero_()
-            elif parameter.grad.to_local().data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad.to_local())
+            elif gradient.to_local().data_ptr() != view.data_ptr():
+                view.copy_(gradient.to_local())
 
     def zero_gradients(self) -> None:
         """Forget all gradients; what is reduced next overwrites the range."""
         self.attach_gradients()
         for unit in self._moved or ():
             unit.landed = False
+
+    def _shards(self) -> list[Tensor]:
+        return [parameter.to_local() for parameter in self._sharded]
 
     def sum_over_shards_(self, value: Tensor) -> None:
         dist.all_reduce(value, group=self._group)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 LARGEST_UNIT = 400_000_000
-"""Parameters: 0.8 GB of bfloat16 weights, large enough to keep a fabric busy, and a sixth of SDXL."""
+"""Parameters: 0.8 GB of bfloat16 weights, a sixth of SDXL, enough to keep a fabric busy."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -38,7 +38,7 @@ def unit_of_parameters(module: nn.Module, units: list[str]) -> dict[str, int]:
 
 
 def owner(name: str, units: Collection[str]) -> str:
-    """The unit that holds a parameter: the nearest module above it that is one, at last the root."""
+    """The unit that holds a parameter: the nearest module above it that is one, or the root."""
     while name and name not in units:
         name = name.rpartition(".")[0]
     return name
