@@ -29,10 +29,36 @@ def test_importing_does_no_work():
         "import sys, fastdistill\n"
         "assert 'torch' not in sys.modules\n"
         "import torch, fastdistill.ops, fastdistill.functional, fastdistill.objectives\n"
+        "import fastdistill.optim.layout, fastdistill.optim.transfer\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert not {'triton', 'diffusers', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
         "from fastdistill.ops._backend import load_extension\n"
         "assert load_extension.cache_info().currsize == 0, 'the extension is loaded on first use'\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_arena_needs_no_torch():
+    pytest.importorskip("fastdistill._arena")
+    done = run(
+        "import sys, fastdistill._arena as arena\n"
+        "assert arena.plan([(37, 4, 0, 0)], shards=2, alignment=256, packed=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_arena_layouts_are_planned_in_python():
+    """An extension that cannot be imported is not missed, and nothing more is said about it."""
+    done = run(
+        "import sys, torch\n"
+        "sys.modules['fastdistill._arena'] = None\n"
+        "from fastdistill.optim.layout import Entry, Layout\n"
+        "from fastdistill.optim.transfer import checksum, pack_\n"
+        "layout, packed = Layout([Entry(('weight',), (37, 4))], shards=2), torch.zeros(4)\n"
+        "pack_(packed, [torch.ones(4)], [0])\n"
+        "assert layout.shard('weight', 1).rows == 18\n"
+        "assert checksum(packed) == checksum(torch.ones(4))\n"
     )
     assert done.returncode == 0, done.stderr
 
