@@ -34,7 +34,7 @@ class Batch:
     """The empty or negative condition of classifier-free guidance."""
     gather: Callable[[Tensor], Tensor] = lambda value: value
     """Joins a tensor [B, ...] of every rank in the order of samples, for statistics over all."""
-    share: slice = slice(None)
+    share: slice = dataclasses.field(default_factory=lambda: slice(None))
     """This rank's samples among those that ``gather`` joins."""
 
 

@@ -252,7 +252,8 @@ class ArenaAdamW(torch.optim.Optimizer):
         masters = [state.get("master") for state in states]
         if "copy" in self.arena.ranges and all(value is not None for value in masters):
             self.arena.load("parameter", masters)
-        self.arena.refresh()
+            self.arena.recast()
+        self.arena.restart_averages()
         for role in (*_MOMENTS, *self.arena.averages):
             tensors = [state.get(role) for state in states]
             if role in _MOMENTS or any(value is not None for value in tensors):

@@ -70,7 +70,8 @@ class Arena:
             dense = [value if _is_dense(value) else value.contiguous() for value in parameters]
             offsets = [self.layout.offset(name) for name in self.names]
             pack_(self.ranges["parameter"], dense, offsets)
-            self.refresh()
+            self.restart_averages()
+            self.recast()
         self._gradients = self.views("gradient")
         self._show("parameter")
         self.attach_gradients()
@@ -168,13 +169,16 @@ class Arena:
             self.scales[role].copy_(scale)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Let the copy and the moving averages begin at the master weights, after those were set.
-
-        What a checkpoint brings is loaded after this.
-        """
-        for role in (*self.averages, *({"copy"} & self.ranges.keys())):
+    def restart_averages(self) -> None:
+        """Let the moving averages begin at the master weights."""
+        for role in self.averages:
             self.ranges[role].copy_(self.ranges["parameter"])
+
+    @torch.no_grad()
+    def recast(self) -> None:
+        """Let a low-precision network compute with the master weights, after those were set."""
+        if "copy" in self.ranges:
+            self.ranges["copy"].copy_(self.ranges["parameter"])
 
     @contextlib.contextmanager
     def showing(self, role: str) -> Iterator[None]:

@@ -101,6 +101,7 @@ class OptimizerState:
     def __init__(self, step: OptimizerStep) -> None:
         arena, optimizer = step.arena, step.optimizer
         self._arena = arena
+        self._recast = not optimizer.stochastic_rounding
         self._decoded = {role: arena.decoded(role) for role in ("exp_avg", "exp_avg_sq")}
         roles = dict(self._decoded)
         if optimizer.stochastic_rounding:
@@ -113,6 +114,9 @@ class OptimizerState:
         self.tensors |= optimizer.counts
 
     def commit(self) -> None:
-        """Take over what was loaded into the tensors."""
+        """Take over what was loaded into the tensors, and into the arena's master weights."""
         for role, flat in self._decoded.items():
             self._arena.encode(role, flat)
+        if self._recast:
+            self._arena.recast()
+        self._arena.publish()

@@ -37,9 +37,7 @@ class UnitInArena:
     """
 
     def __init__(self, arena: ShardedArena, module: Any, group: Any, number: int) -> None:
-        names = {
-            parameter: name for name, parameter in zip(arena.names, arena.parameters, strict=True)
-        }
+        names = dict(zip(arena.parameters, arena.names, strict=True))
         held = [one for one in group.fsdp_params if one.sharded_param in names]
         offsets = {one: arena.layout.offset(names[one.sharded_param]) for one in held}
         # FSDP2 lays gradients out in the order of this list; frozen parameters have none.

@@ -119,7 +119,7 @@ class ShardedArena(Arena):
         self._gradients = self.views("gradient")
         with torch.no_grad():
             torch._foreach_copy_(self.views("parameter"), self._shards())
-            self.refresh()
+            self.restart_averages()
         self._shown = "parameter"
         self._moved: list[UnitInArena] | None = move_into_arena(self, self._modules)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 from typing import ClassVar
 
@@ -44,13 +45,10 @@ def _generator() -> torch.Generator:
 
 
 def weights(made: Trainer) -> dict[str, torch.Tensor]:
-    optimizers = {
-        f"{role}.{name}": value
-        for role, step in made.optimizers.items()
-        for name, value in step.state_dict().items()
-    }
-    average = {f"ema.{name}": value for name, value in made.ema.module.state_dict().items()}
-    return copy.deepcopy({**made.objective.state_dict(), **optimizers, **average})
+    tensors, _ = made._state()
+    return copy.deepcopy(
+        {f"{group}/{name}": value for group in tensors for name, value in tensors[group].items()}
+    )
 
 
 def assert_bitwise(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -62,19 +60,34 @@ def assert_bitwise(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 def test_five_critic_updates_per_student_update_means_five():
     made = trainer(recipe=small_recipe("training.critic_updates_per_student_update=5"))
     made.fit()
-    steps = {role: step.state_dict() for role, step in made.optimizers.items()}
-    assert steps["critic"]["network.mix.bias.step"] == 40
-    assert steps["student"]["network.mix.bias.step"] == 8
+    steps = {role: step.optimizer.counts["step"] for role, step in made.optimizers.items()}
+    assert steps == {"student": 8, "critic": 40}
     assert made.student_updates == 8
 
 
 def test_the_average_moves_only_with_the_student():
     made = trainer()
-    before = copy.deepcopy(made.ema.module.state_dict())
+    before = made.averaged_weights()
+    before = copy.deepcopy(before)
     made.update()  # the first of two is the critic's alone
-    assert_bitwise(made.ema.module.state_dict(), before)
+    assert_bitwise(made.averaged_weights(), before)
     made.update()
-    assert not torch.equal(made.ema.module.network.enter.weight, before["network.enter.weight"])
+    assert not torch.equal(
+        made.averaged_weights()["network.enter.weight"], before["network.enter.weight"]
+    )
+
+
+def test_the_averaged_student_is_shown_and_taken_away():
+    made = trainer()
+    for _ in range(6):
+        made.update()
+    student, own = made.objective.student, copy.deepcopy(made.objective.student.state_dict())
+    with made.averaged() as shown:
+        assert shown is student
+        assert not shown.training
+        assert_bitwise(shown.state_dict(), made.averaged_weights())
+    assert student.training
+    assert_bitwise(student.state_dict(), own)
 
 
 def test_every_step_draws_new_noise_and_new_data():
@@ -99,7 +112,8 @@ def test_the_students_turn_leaves_no_gradient_in_the_critic():
         "student", made.objective.student_update, batch, made.objective.generate(batch)
     )
     for module in made.objective.critic_modules().values():
-        assert all(value.grad is None for value in module.parameters())
+        assert all(not value.grad.any() for value in module.parameters())
+        assert all(value.requires_grad for value in module.parameters())
     assert made.objective.student.network.enter.weight.grad.norm() > 0
 
 
@@ -223,12 +237,13 @@ def test_an_update_that_is_not_finite_is_skipped_on_the_device():
     with torch.no_grad():
         made.objective.teacher.network.enter.bias.fill_(float("nan"))
         made.objective.critic.network.enter.bias.fill_(float("nan"))
-    before.pop("critic.network.enter.bias")
     made.update(), made.update()
     after = weights(made)
-    for name in before:
-        if name.startswith(("student.", "ema.")):
-            assert torch.equal(after[name], before[name]), name
+    kept = [name for name in before if name.startswith(("networks/student.", "ema/"))]
+    kept += [name for name in before if re.match("optimizer-student/.*exp_avg", name)]
+    for name in kept:
+        assert torch.equal(after[name], before[name]), name
+    assert after["optimizer-student/skipped"] == 1
 
 
 def test_training_without_one_finite_update_stops_with_advice():
@@ -275,7 +290,25 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
         other.resume(made.checkpoints.newest())
 
 
-def test_bfloat16_trains():
-    made = trainer(recipe=small_recipe(*ALL_TERMS, "training.precision=bfloat16"))
+LOW = ["training.precision=bfloat16", "training.stochastic_rounding=true", "training.moments=8bit"]
+
+
+def test_bfloat16_networks_have_float32_masters():
+    made = trainer(recipe=small_recipe(*ALL_TERMS, LOW[0]))
     made.fit()
     assert all(torch.isfinite(value).all() for value in weights(made).values())
+    student = made.objective.student.network.enter.weight
+    master = made._state()[0]["networks"]["student.network.enter.weight"]
+    assert (student.dtype, master.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(student, master.bfloat16())
+
+
+@pytest.mark.parametrize("options", [LOW[:1], LOW], ids=["masters", "8-bit, stochastic"])
+def test_a_resumed_low_precision_run_is_bitwise_the_uninterrupted_one(tmp_path, options):
+    recipe = small_recipe(*ALL_TERMS, *options, "training.steps=16")
+    whole, again = trainer(tmp_path, recipe=recipe), trainer(recipe=recipe)
+    whole.fit()
+    (found,) = [entry for entry in whole.checkpoints._listed() if entry.step == 8]
+    again.resume(found)
+    again.fit()
+    assert_bitwise(weights(again), weights(whole))

@@ -1,4 +1,4 @@
-"""`OptimizerStep` against torch's AdamW, the schedules, and the average."""
+"""`OptimizerStep` against torch's AdamW, the schedules, and the averages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdistill.optim import EMA, OptimizerStep, learning_rate_factor
+from fastdistill.optim import Arena, OptimizerStep, learning_rate_factor
 
 
 def networks() -> tuple[nn.Linear, nn.Linear]:
@@ -25,7 +25,7 @@ def gradient(network: nn.Module, seed: int, factor: float = 1.0) -> None:
 def test_steps_are_those_of_torch_with_clipping_and_schedule():
     mine, theirs = networks()
     step = OptimizerStep(
-        mine,
+        Arena(mine),
         1e-2,
         20,
         betas=(0.5, 0.9),
@@ -48,31 +48,35 @@ def test_steps_are_those_of_torch_with_clipping_and_schedule():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_moves_nothing(bad):
     mine, _ = networks()
-    step = OptimizerStep(mine, 1e-2, 20, clip_norm=1.0)
+    step = OptimizerStep(Arena(mine, averages=1), 1e-2, 20, clip_norm=1.0, half_lives=[3])
     gradient(mine, 0), step.step(0)
-    before = copy.deepcopy((mine.state_dict(), step.state_dict()))
+    before = {role: value.clone() for role, value in step.arena.ranges.items()}
     gradient(mine, 1, bad)
     assert step.step(1)["skipped"] == 1
-    for old, new in zip(before, (mine.state_dict(), step.state_dict()), strict=True):
-        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert all(torch.equal(step.arena.ranges[role], before[role]) for role in before)
+    assert {name: int(count) for name, count in step.optimizer.counts.items()} == {
+        "step": 1,
+        "skipped": 1,
+    }
     gradient(mine, 2)
     assert step.step(2)["skipped"] == 0
-    assert not torch.equal(mine.weight, before[0]["weight"])
+    assert not torch.equal(step.arena.ranges["parameter"], before["parameter"])
 
 
 def test_a_loaded_state_continues_bitwise():
     mine, theirs = networks()
-    first = OptimizerStep(mine, 1e-2, 20)
+    first = OptimizerStep(Arena(mine), 1e-2, 20)
     for update in range(3):
         gradient(mine, update), first.step(update)
+    second = OptimizerStep(Arena(theirs), 1e-2, 20)
     theirs.load_state_dict(mine.state_dict())
-    second = OptimizerStep(theirs, 1e-2, 20)
-    second.load_state_dict(first.state_dict())
+    saved, loaded = first.state(), second.state()
+    for name, value in saved.tensors.items():
+        loaded.tensors[name].copy_(value)
+    loaded.commit()
     for network, step in ((mine, first), (theirs, second)):
         gradient(network, 9), step.step(3)
     assert torch.equal(mine.weight, theirs.weight)
-    with pytest.raises(ValueError, match="does not fit"):
-        second.load_state_dict({})
 
 
 def test_schedules():
@@ -88,24 +92,25 @@ def test_schedules():
 
 def test_the_average_follows_by_its_half_life():
     network, _ = networks()
-    average = EMA(network, half_life=5)
-    with torch.no_grad():
-        average.module.weight.zero_()
-        network.weight.fill_(1.0)
-    for _ in range(5):
-        average.update(1000, moved=torch.tensor(1.0))
-    torch.testing.assert_close(average.module.weight, torch.full((3, 5), 0.5))
-    average.update(1000, moved=torch.tensor(0.0))
-    torch.testing.assert_close(average.module.weight, torch.full((3, 5), 0.5))
+    step = OptimizerStep(Arena(network, averages=1), 0.0, 20, half_lives=[5])
+    average = step.arena.ranges["ema_0"]
+    network.weight.data.fill_(1.0), network.bias.data.fill_(1.0)
+    average.zero_()
+    step.optimizer.counts["step"].fill_(1000)
+    for update in range(5):
+        gradient(network, update), step.step(update)
+    with step.optimizer.averaged():
+        torch.testing.assert_close(network.weight.detach(), torch.full((3, 5), 0.5))
+    assert torch.equal(network.weight.detach(), torch.ones(3, 5))
 
 
 def test_an_early_average_forgets_its_start():
     network, _ = networks()
-    average = EMA(network, half_life=1000)
-    with torch.no_grad():
-        network.weight.fill_(1.0)
+    step = OptimizerStep(Arena(network, averages=1), 0.0, 20, half_lives=[1000])
+    network.weight.data.fill_(1.0)
     for update in range(50):
-        average.update(update, moved=torch.tensor(1.0))
-    torch.testing.assert_close(average.module.weight, torch.ones(3, 5), rtol=1e-3, atol=1e-3)
+        gradient(network, update), step.step(update)
+    with step.optimizer.averaged():
+        torch.testing.assert_close(network.weight, torch.ones(3, 5), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="half_life is 0"):
-        EMA(network, half_life=0)
+        OptimizerStep(Arena(nn.Linear(2, 2), averages=1), 0.1, 20, half_lives=[0])
