@@ -146,7 +146,7 @@ def _replica(key: str, tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
             replicas *= mesh.size(dimension)
             replica = replica * mesh.size(dimension) + (coordinate or [0] * mesh.ndim)[dimension]
         elif type(placement) is not Shard:
-            raise ValueError(f"{key} is placed as {placement}; expected Shard or Replicate")
+            raise ValueError(f"{key} is placed as {placement!r}; expected Shard or Replicate")
     return (-1 if coordinate is None else replica), replicas
 
 

@@ -17,7 +17,7 @@ import torch
 from small import SMALL, small_recipe
 
 from fastdistill.config import RecipeError
-from fastdistill.engine.checkpoint import check_folder
+from fastdistill.engine.folder import check_folder
 from fastdistill.engine.job import Job
 from fastdistill.engine.log import RunLog
 from fastdistill.engine.saved import load_denoiser
@@ -84,11 +84,9 @@ def test_twenty_kills_change_nothing(finished, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"killed (\d+) times", done.stdout)[1]) >= 15, done.stdout
     same = ["metrics.jsonl", "student/model.safetensors", "teacher/model.safetensors"]
-    last = sorted((finished / "checkpoints").iterdir())
     same += [
-        str((path / name).relative_to(finished))
-        for path in last
-        for name in ("networks.safetensors", "ema.safetensors", "optimizer-student.safetensors")
+        str(file.relative_to(finished))
+        for file in sorted((finished / "checkpoints").glob("*-*/*.safetensors"))
     ]
     for name in same:
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
@@ -114,7 +112,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    newest = folder / "checkpoints" / "distill-000000040" / "networks.safetensors"
+    newest = folder / "checkpoints" / "distill-000000040" / "shard-00000-of-00001.safetensors"
     content = bytearray(newest.read_bytes())
     content[-100] ^= 1
     newest.write_bytes(content)
