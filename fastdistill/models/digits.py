@@ -75,7 +75,8 @@ class DigitsNetwork(nn.Module):
 
     def forward(self, model_input: Tensor, noise_condition: Tensor, condition: Condition) -> Tensor:
         """Raw output of the shape of ``model_input`` [B, C, H, W]; condition: labels int64 [B]."""
-        return self._finish(self._hidden(model_input, noise_condition, condition)[-1])
+        raw = self._finish(self._hidden(model_input, noise_condition, condition)[-1])
+        return raw.clone()  # FSDP2 warns of outputs that are views
 
     def features(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastdistill.parallel.sharded import ShardedArena
 
 _USED = ("_sharded_param_data", "sharded_param", "padded_sharded_param_size")
+# torch 2.13 renamed it, and warns at the old name.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _log = logging.getLogger("fastdistill")
 
 
@@ -90,9 +92,7 @@ class UnitInArena:
         async_op: bool = False,
     ) -> dist.Work | None:
         """Reduce and scatter."""
-        return dist.reduce_scatter_tensor(
-            output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
-        )
+        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def move_into_arena(arena: ShardedArena, modules: Sequence[FSDPModule]) -> list[UnitInArena] | None:
