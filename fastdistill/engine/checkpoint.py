@@ -22,6 +22,7 @@ from fastdistill.engine.folder import (
     partial_name,
     read_manifest,
     remove_folders,
+    remove_link,
     remove_partial,
     replace_folder,
     replace_link,
@@ -163,7 +164,7 @@ class CheckpointStore:
         entries |= {name: write_file(partial / name, text) for name, text in texts.items()}
         write_manifest(partial, entries, _FORMAT)
         if path.exists():
-            latest.unlink(missing_ok=True)  # rather than pointing to what is being replaced
+            remove_link(latest)  # rather than pointing to what is being replaced
         replace_folder(partial, path)
         replace_link(latest, path.name)
         remove_folders(self._outdated(path))

@@ -187,8 +187,18 @@ def replace_link(link: Path, target: str) -> None:
     partial = partial_name(link)
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
+    if not link.is_symlink():
+        remove_link(link)
     partial.replace(link)
     _synchronise(link.parent)
+
+
+def remove_link(link: Path) -> None:
+    """Remove a link, or the folder that copying made of it."""
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    else:
+        link.unlink(missing_ok=True)
 
 
 def remove_folders(paths: Iterable[Path]) -> None:

@@ -26,7 +26,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 _LOST = re.compile(
     r"timed? ?out|connection (closed|reset|refused)|reset by peer|broken pipe|pair closure"
-    r"|monitoredbarrier",
+    r"|monitoredbarrier|remote worker",
     re.IGNORECASE,
 )
 
@@ -111,7 +111,8 @@ class Ranks:
         if shards < 1 or self.size % shards:
             raise ValueError(f"{self.size} ranks cannot be split into shards of {shards}")
         if shards not in self._meshes:
-            self._meshes[shards] = self._make_mesh(shards)
+            with self.watching():
+                self._meshes[shards] = self._make_mesh(shards)
         return self._meshes[shards]
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -173,7 +174,8 @@ class Ranks:
         """
         other = copy.copy(self)
         if self.control is not None:
-            other.control = dist.new_group(backend="gloo", timeout=self._timeout)
+            with self.watching():
+                other.control = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import time
 import torch.distributed as dist
 
 _PAUSE = 0.5  # seconds between two looks at the store
-_PATIENCE = 2.0  # seconds that a living process has to answer
+_PATIENCE = 1.5  # seconds that a living process has to answer
 
 
 class RollCall:

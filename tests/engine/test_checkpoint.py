@@ -282,6 +282,15 @@ def test_everything_is_on_the_disk_before_the_name_changes_and_the_manifest_come
     ]
 
 
+def test_a_copy_in_which_latest_became_a_folder_goes_on(store, tmp_path):
+    save(store, step=1)
+    copy = CheckpointStore(shutil.copytree(store.folder, tmp_path / "copy"), store.stages, 2)
+    assert not (copy.folder / "latest").is_symlink()
+    for step in (1, 2):
+        save(copy, step=step)
+        assert os.readlink(copy.folder / "latest") == f"distill-{step:09d}"
+
+
 def test_a_run_resumed_from_before_damaged_checkpoints_keeps_what_it_saves(store):
     for step in (10, 20, 30):
         save(store, step=step)
