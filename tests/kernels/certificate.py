@@ -416,7 +416,8 @@ def _read_amd(assembly: str, threads: int) -> dict[str, Any]:
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
         "shared": number("group_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # Scalar registers spill into lanes of a vector register; in memory they would be stack.
+        "spills": number("vgpr_spill_count"),
         "float64": len(re.findall(r"\bv_(?:add|mul|fma)_f64", assembly)),
         "loads": accesses("load"),
         "stores": accesses("store"),
@@ -480,12 +481,13 @@ def _expected_update(bound: dict[str, Any], threads: int) -> dict[str, Any]:
 
     loads, stores = bytes_of(read), bytes_of(written)
     codes, ranges = (4 if coded else 0), (5 if bound["ranges_ptr"] is not None else 0)
+    keys = sum(bound[name] is not None for name in ("key_ptr", "moment_key_ptr"))
     return {
         "loads": {16: loads},
         "stores": {16: stores},
         "least": {"loads": loads, "stores": stores},
-        "shares": 0,
-        "numbers": {"loads": 9 + codes + ranges, "stores": 3 + codes},
+        "shares": 16 * threads * (ranges // 2 + keys),  # rows and words, merged into wide accesses
+        "numbers": {"loads": 6 + 3 * keys + codes + ranges, "stores": 3 + codes},
     }
 
 
