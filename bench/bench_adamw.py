@@ -26,7 +26,13 @@ from bench.bench_norm import exact_sum_of_squares
 from bench.harness import OURS, Case, Judge, Results, Run, Variant, near
 from bench.inputs import draw_long
 from bench.peers import reference_peers, split_like_a_network
-from fastdistill.ops import adamw_ema_, dequantise_moment, quantise_moment, sum_of_squares
+from fastdistill.ops import (
+    MOMENT_BLOCK,
+    adamw_ema_,
+    dequantise_moment,
+    quantise_moment,
+    sum_of_squares,
+)
 from fastdistill.ops.adamw import _adamw_ema_
 from fastdistill.ops.norm import _sum_of_squares
 
@@ -76,7 +82,8 @@ class State(NamedTuple):
 def cases(device: torch.device, small: bool) -> Iterator[Case]:
     count = 1000 if small else 10_000_000
     kinds = [Kind(count), Kind(count, torch.bfloat16), Kind(count, ranges=200)]
-    kinds.append(Kind(count, torch.bfloat16, coded=True))
+    # Of a length that 256 does not divide, inductor (torch 2.13) reads past the end of the scales.
+    kinds.append(Kind(count + -count % MOMENT_BLOCK, torch.bfloat16, coded=True))
     kinds += [] if small else [Kind(100_000_000), Kind(1_000_000)]
     return (_case(kind, device) for kind in kinds)
 
