@@ -6,6 +6,9 @@ with `clip_grad_norm_`, `torch.optim.AdamW` (fused or foreach), `_foreach_lerp_`
 `_foreach_copy_`. torch's AdamW takes gradients in the parameters' dtype alone, so that bfloat16
 gradients are cast first.
 
+Two cases stand for the arena of a shard: 200 ranges of three groups, and moments of 8 bits. Their
+rivals have one group and float32 moments, which the judge of the second does not compare.
+
 Everything is changed in place: the ceiling is a scaling in place, every variant is proven on a
 fresh set, and compared are the changes, not the weights that an update leaves almost as they were.
 """
@@ -23,13 +26,40 @@ from bench.bench_norm import exact_sum_of_squares
 from bench.harness import OURS, Case, Judge, Results, Run, Variant, near
 from bench.inputs import draw_long
 from bench.peers import reference_peers, split_like_a_network
-from fastdistill.ops import adamw_ema_, sum_of_squares
+from fastdistill.ops import (
+    MOMENT_BLOCK,
+    adamw_ema_,
+    dequantise_moment,
+    quantise_moment,
+    sum_of_squares,
+)
 from fastdistill.ops.adamw import _adamw_ema_
 from fastdistill.ops.norm import _sum_of_squares
 
 LR, BETAS, EPS, DECAY, MAX_NORM, EMA_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01, 1.0, 0.999
 STEPS_DONE = 10
 TOLERANCE = 1e-3
+
+
+class Kind(NamedTuple):
+    """What an update is of."""
+
+    elements: int
+    dtype: torch.dtype = torch.float32
+    """Of the gradients"""
+    ranges: int = 1
+    coded: bool = False
+    """Whether moments have 8 bits"""
+
+    def __str__(self) -> str:
+        ranges = f" in {self.ranges} ranges" if self.ranges > 1 else ""
+        return f"{self.elements:,}{ranges}{', 8-bit moments' if self.coded else ''}"
+
+    @property
+    def bytes_moved(self) -> int:
+        """Norm, then parameter, moments and EMA both ways, gradient, copy."""
+        moments = 2 * (2 + 8 / 256) if self.coded else 2 * 8
+        return int((2 * 8 + moments + 2 * self.dtype.itemsize + 2) * self.elements)
 
 
 class State(NamedTuple):
@@ -42,41 +72,50 @@ class State(NamedTuple):
     step: Tensor
     ema: Tensor
     copy: Tensor
+    counters: Tensor
+    ticket: Tensor
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    moment_key: Tensor | None = None
 
 
 def cases(device: torch.device, small: bool) -> Iterator[Case]:
-    if small:
-        return (_case(1000, dtype, device) for dtype in (torch.float32, torch.bfloat16))
-    sizes = [(10_000_000, torch.float32), (10_000_000, torch.bfloat16)]
-    sizes += [(100_000_000, torch.float32), (1_000_000, torch.float32)]
-    return (_case(count, dtype, device) for count, dtype in sizes)
+    count = 1000 if small else 10_000_000
+    kinds = [Kind(count), Kind(count, torch.bfloat16), Kind(count, ranges=200)]
+    # Of a length that 256 does not divide, inductor (torch 2.13) reads past the end of the scales.
+    kinds.append(Kind(count + -count % MOMENT_BLOCK, torch.bfloat16, coded=True))
+    kinds += [] if small else [Kind(100_000_000), Kind(1_000_000)]
+    return (_case(kind, device) for kind in kinds)
 
 
-def _case(count: int, dtype: torch.dtype, device: torch.device) -> Case:
+def _case(kind: Kind, device: torch.device) -> Case:
+    count = kind.elements
+
     def make(generator: torch.Generator) -> State:
         numbers = [draw_long(count, torch.float32, generator) for _ in range(5)]
         parameter, gradient, exp_avg, exp_avg_sq, ema = numbers
-        return State(
+        state = State(
             parameter.mul_(0.05),
-            gradient.mul_(0.01).to(dtype),
+            gradient.mul_(0.01).to(kind.dtype),
             exp_avg.mul_(1e-3),
             exp_avg_sq.square_().mul_(1e-6),
             torch.full((), float(STEPS_DONE), device=device),
             ema.mul_(0.05),
             torch.empty(count, dtype=torch.bfloat16, device=device),
+            torch.zeros(2, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
         )
+        return _with_codes(state) if kind.coded else state
 
     variants = {
-        OURS: Variant(_ours),
+        OURS: Variant(_ours(kind)),
         "torch fused AdamW, foreach EMA": Variant(_torch(_adamw(fused=True))),
         "torch foreach AdamW, foreach EMA": Variant(_torch(_adamw(foreach=True))),
     }
     if device.type == "cuda" and importlib.util.find_spec("apex"):
         variants["apex fused Adam, foreach EMA"] = Variant(_torch(_apex))
-    # Bytes a parameter: norm, then parameter, moments and EMA both ways, gradient, copy.
-    per_parameter = dtype.itemsize + (4 * 8 + dtype.itemsize + 2)
     return Case(
-        *("adamw_ema_", f"{count:,}", dtype, per_parameter * count),
+        *("adamw_ema_", str(kind), kind.dtype, kind.bytes_moved),
         make=make,
         variants=variants | reference_peers(_reference, tuple, device.type == "cuda", eager=False),
         judge=_judge,
@@ -85,32 +124,63 @@ def _case(count: int, dtype: torch.dtype, device: torch.device) -> Case:
     )
 
 
+def _with_codes(state: State) -> State:
+    m, m_scale = quantise_moment(state.exp_avg, signed=True)
+    v, v_scale = quantise_moment(state.exp_avg_sq, signed=False)
+    key = torch.tensor([1, 2, 3], device=m.device)
+    scales = {"exp_avg_scale": m_scale, "exp_avg_sq_scale": v_scale}
+    return state._replace(exp_avg=m, exp_avg_sq=v, **scales, moment_key=key)
+
+
+def _moments(state: State) -> tuple[Tensor, Tensor]:
+    """Moments in float32: the state's own, or new tensors where they are codes."""
+    if state.exp_avg_scale is None or state.exp_avg_sq_scale is None:
+        return state.exp_avg, state.exp_avg_sq
+    return (
+        dequantise_moment(state.exp_avg, state.exp_avg_scale, signed=True),
+        dequantise_moment(state.exp_avg_sq, state.exp_avg_sq_scale, signed=False),
+    )
+
+
 def _options() -> dict[str, Any]:
     return {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
 
 
-def _ours(state: State) -> Run:
-    def run() -> Results:
-        adamw_ema_(
-            *state[:5],
-            **_options(),
-            squared_norm=sum_of_squares(state.gradient),
-            max_norm=MAX_NORM,
-            emas=(state.ema,),
-            ema_decays=(EMA_DECAY,),
-            copy=state.copy,
-        )
-        return ()
+def _ours(kind: Kind) -> Callable[[State], Run]:
+    starts = [kind.elements * k // kind.ranges for k in range(kind.ranges)]
+    groups = [k % 3 for k in range(kind.ranges)]
 
-    return run
+    def bind(state: State) -> Run:
+        def run() -> Results:
+            adamw_ema_(
+                *state[:5],
+                **_options() | {"lr": [LR] * 3},
+                starts=starts,
+                groups=groups,
+                squared_norm=sum_of_squares(state.gradient, ticket=state.ticket),
+                max_norm=MAX_NORM,
+                emas=(state.ema,),
+                ema_decays=(EMA_DECAY,),
+                copy=state.copy,
+                counters=state.counters,
+                exp_avg_scale=state.exp_avg_scale,
+                exp_avg_sq_scale=state.exp_avg_sq_scale,
+                moment_key=state.moment_key,
+            )
+            return ()
+
+        return run
+
+    return bind
 
 
-def _reference(*state: Any) -> Results:
-    parameter, gradient, exp_avg, exp_avg_sq, step, ema, copy = state
-    squared_norm = _sum_of_squares.reference(gradient)
+def _reference(*values: Any) -> Results:
+    state = State(*values)
+    squared_norm = _sum_of_squares.reference(state.gradient)
     _adamw_ema_.reference(
-        *(parameter, gradient, exp_avg, exp_avg_sq, step, [ema], copy, squared_norm),
-        *(None, None, None, [0], [LR], [DECAY], *BETAS, EPS, MAX_NORM, [EMA_DECAY], False),
+        *(*state[:5], [state.ema], state.copy, state.exp_avg_scale, state.exp_avg_sq_scale),
+        *(state.counters, squared_norm, None, None, None, state.moment_key),
+        *([0], [0], [LR], [DECAY], *BETAS, EPS, MAX_NORM, [EMA_DECAY], False),
     )
     return ()
 
@@ -131,7 +201,8 @@ def _torch(
     """Clip, step, average and copy over views of the state that are as many as a network's."""
 
     def bind(state: State) -> Run:
-        views = [split_like_a_network(value) for value in state if value.ndim]
+        flat = (state.parameter, state.gradient, *_moments(state), state.ema, state.copy)
+        views = [split_like_a_network(value) for value in flat]
         weights, gradients, exp_avg, exp_avg_sq, emas, copies = views
         parameters = [nn.Parameter(weight) for weight in weights]
         cast = state.gradient.dtype != state.parameter.dtype
@@ -161,8 +232,12 @@ def _torch(
 def _judge(state: State) -> Judge:
     """Compare the changes of about 10^5 elements with AdamW in float64."""
     stride = max(state.parameter.numel() // 10**5, 1)
-    taken = [value[::stride].double() for value in state if value.ndim]
-    parameter, gradient, m, v, ema, _ = taken
+
+    def taken(value: Tensor) -> Tensor:
+        return value[::stride].double()
+
+    parameter, gradient, ema = taken(state.parameter), taken(state.gradient), taken(state.ema)
+    m, v = map(taken, _moments(state))
     norm = exact_sum_of_squares(state.gradient).sqrt()
     g = gradient * (MAX_NORM / (norm + 1e-6)).clamp(max=1)
     t, (beta1, beta2) = STEPS_DONE + 1, BETAS
@@ -170,14 +245,14 @@ def _judge(state: State) -> Judge:
     denominator = (v / (1 - beta2**t)).sqrt() + EPS
     changed = parameter * (1 - LR * DECAY) - LR / (1 - beta1**t) * m / denominator
     moved = (1 - EMA_DECAY) * (changed - ema)
-    usual = near((changed - parameter, m, v, moved), TOLERANCE)
+    coded = state.moment_key is not None
+    usual = near((changed - parameter, moved, *(() if coded else (m, v))), TOLERANCE)
 
     def judge(_: Results) -> str | None:
-        found = [value[::stride] for value in state if value.ndim]
-        weights, averages, copy = (found[place].double() for place in (0, 4, 5))
+        weights, averages, copy = map(taken, (state.parameter, state.ema, state.copy))
         if ((copy - weights).abs() > 2**-7 * weights.abs()).any():
             return "the copy is more than one bfloat16 away from the parameter"
-        changes = weights - parameter, averages - ema
-        return usual((changes[0], found[2], found[3], changes[1]))
+        moments = () if coded else tuple(map(taken, _moments(state)))
+        return usual((weights - parameter, averages - ema, *moments))
 
     return judge

@@ -65,12 +65,13 @@ Codes codes(const Tensor& code, const Tensor& scale, const Shape& shape, const c
           static_cast<float*>(scale.mutable_data_ptr())};
 }
 
-/// ++counters[0]
-void count_skipped(const Tensor& counters) {
-  check_cpu(counters, "counters");
-  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Int && counters.numel() == 2,
+/// The number of skipped updates, the first of the counters; null if nobody counts them.
+int32_t* skipped_of(const std::optional<Tensor>& counters) {
+  if (!counters) return nullptr;
+  check_cpu(*counters, "counters");
+  STD_TORCH_CHECK(counters->scalar_type() == ScalarType::Int && counters->numel() == 2,
                   "counters is not int32 [2]");
-  ++*static_cast<int32_t*>(counters.mutable_data_ptr());
+  return static_cast<int32_t*>(counters->mutable_data_ptr());
 }
 
 /// 1 / grad_scale, and what clipping multiplies it by: min(1, max_norm / (norm + 1e-6))
@@ -110,6 +111,7 @@ void adamw_ema_(const Tensor& parameter, const Tensor& gradient, const Tensor& e
   STD_TORCH_CHECK(exp_avg_scale.has_value() == coded && exp_avg_sq_scale.has_value() == coded,
                   "8-bit moments need exp_avg_scale, exp_avg_sq_scale and moment_key");
   check_ranges(starts, groups, lr, weight_decay);
+  int32_t* const skipped = skipped_of(counters);
 
   with_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -161,7 +163,7 @@ void adamw_ema_(const Tensor& parameter, const Tensor& gradient, const Tensor& e
     of.average_count = static_cast<int64_t>(averages.size());
 
     if (!std::isfinite(squared)) {
-      if (counters) count_skipped(*counters);
+      if (skipped) ++*skipped;
       return;
     }
     const auto kernel = kernels<T>().adamw;

@@ -24,10 +24,16 @@ _NEAREST = 1 << 19
 _ONE = 0x3F800000 >> 20  # bits of 1.0 in steps of 2^20
 
 
-def _blocks(value: Tensor) -> Tensor:
-    """Flat values as blocks, filled up with zeros  # [ceil(n / 256), 256]"""
+def _largest(value: Tensor) -> Tensor:
+    """The largest number of each block  # [ceil(n / 256)]"""
     flat = value.flatten()
-    return torch.nn.functional.pad(flat, (0, -len(flat) % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % MOMENT_BLOCK))
+    return padded.view(-1, MOMENT_BLOCK).amax(dim=1)
+
+
+def _of_each_element(scale: Tensor, like: Tensor) -> Tensor:
+    """The scale of each element's block."""
+    return scale.repeat_interleave(MOMENT_BLOCK)[: like.numel()].view(like.shape)
 
 
 def quantise_moment(
@@ -51,10 +57,10 @@ def quantise_moment(
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}; expected {tuple(value.shape)}, as value has"
         )
-    blocks = _blocks(value.float())
-    scale = blocks.abs().amax(dim=1)
+    size = value.float().abs()
+    scale = _largest(size)
     scale = torch.where(scale == 0, 1.0, scale)
-    ratio = (blocks.abs() / scale[:, None]).flatten()[: value.numel()].view(value.shape)
+    ratio = size / _of_each_element(scale, size)
     bits = ratio.view(torch.int32) + (_NEAREST if noise is None else noise)
     step = (bits >> 20) - _ONE
     if signed:
@@ -89,4 +95,4 @@ def dequantise_moment(code: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
     level = torch.where(size == 0, 0.0, level)
     if signed:
         level = torch.where(wide > 127, -level, level)
-    return (_blocks(level) * scale[:, None]).flatten()[: code.numel()].view(code.shape)
+    return level * _of_each_element(scale, level)

@@ -76,6 +76,14 @@ def test_bad_kernel_is_found(rows: dict[str, list[dict[str, Any]]], case: certif
     assert any(fault.startswith(certificate.BAD_CASES[case]) for fault in row["faults"])
 
 
+@pytest.mark.parametrize("case", [c for c in certificate.CASES if c.shape == "-"], ids=str)
+def test_an_update_and_its_norm_are_one_launch_each(
+    rows: dict[str, list[dict[str, Any]]], case: certificate.Case
+) -> None:
+    if case.op.startswith(("adamw", "norm")):
+        assert len(rows[str(case)]) == 1
+
+
 def test_a_sample_above_one_program_takes_two_launches_only_where_it_must(
     rows: dict[str, list[dict[str, Any]]],
 ) -> None:

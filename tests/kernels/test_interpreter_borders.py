@@ -6,14 +6,18 @@ groups that straddle blocks, and what is not finite in a part of a sample.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from calls import calls, in_dtype, map_tensors, outcome
@@ -149,6 +153,87 @@ def test_an_update_of_any_length(size):
             )
         assert torch.equal(copy, _stochastic_bfloat16(p, torch.tensor([1, 2, 3])))
         results.append((p, m, v, ema, step))
+    for theirs, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
+
+
+@contextlib.contextmanager
+def launches(monkeypatch) -> Iterator[list[str]]:
+    """Names of what would be launched on a GPU: kernels, and every op of torch but allocations."""
+    found: list[str] = []
+    run = InterpretedFunction.run
+
+    def counted(self, *args, **options):
+        found.append(self.fn.__name__)
+        with _disable_current_modes():
+            return run(self, *args, **options)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "empty" not in str(function):
+                found.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with monkeypatch.context() as patch, Mode():
+        patch.setattr(InterpretedFunction, "run", counted)
+        yield found
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_an_update_is_two_launches(coded, monkeypatch):
+    """The norm and the update with every option, where the caller keeps ticket and counters."""
+    size = 3 * 1024 + 16
+    p, g, m, v, ema = torch.rand(5, size).unbind()
+    counters, ticket = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    key, step = torch.tensor([1, 2, 3]), torch.zeros(())
+    options = {"emas": [ema], "ema_decays": [0.9], "copy": torch.zeros(size, dtype=BF16)}
+    options |= {"lr": [0.1, 0.2], "starts": [0, 70, 900], "groups": [1, 0, 1], "key": key}
+    if coded:
+        m, v = torch.zeros(2, size, dtype=torch.uint8).unbind()
+        options["exp_avg_scale"], options["exp_avg_sq_scale"] = torch.zeros(2, 13).unbind()
+        options["moment_key"] = key
+
+    def update():
+        norm = sum_of_squares(g, ticket=ticket)
+        adamw_ema_(p, g, m, v, step, squared_norm=norm, max_norm=1.0, counters=counters, **options)
+
+    with use_backend("triton"):
+        update()  # copies the table of ranges
+        with launches(monkeypatch) as found:
+            update()
+    assert found == ["_squares_kernel", "_adamw_kernel"]
+    assert step == 2
+
+
+def test_another_length_takes_one_launch_more(monkeypatch):
+    values = torch.rand(4, 1029).unbind()
+    with use_backend("triton"), launches(monkeypatch) as found:
+        adamw_ema_(*values, torch.zeros(()), lr=0.1)
+    assert found.count("_adamw_kernel") == 2
+
+
+@pytest.mark.parametrize("size", [9 * 1024, 20_000 + 13])
+def test_programs_walk_over_several_blocks_and_ranges(size, monkeypatch):
+    """Eight blocks a program, with ranges that end inside, between and right at their borders."""
+    monkeypatch.setattr(adamw, "_PROGRAMS", 1)
+    starts = sorted({0, 1, 1024, 1025, 3000, 5 * 1024 - 1, 8 * 1024, *range(8200, 9000, 7)})
+    groups = [k % 3 for k in range(len(starts))]
+    state = torch.rand(4, size)
+    results = []
+    for backend in ("reference", "triton"):
+        p, g, m, v = state.clone().unbind()
+        counters, step = torch.zeros(2, dtype=torch.int32), torch.zeros(())
+        with use_backend(backend):
+            adamw_ema_(
+                *(p, g, m, v, step),
+                lr=[0.1, 0.2, 0.3],
+                weight_decay=[0.5, 0.0, 0.1],
+                starts=starts,
+                groups=groups,
+                counters=counters,
+            )
+        assert (float(step), *counters.tolist()) == (1, 0, 0)
+        results.append((p, m, v))
     for theirs, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
 

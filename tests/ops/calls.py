@@ -102,4 +102,4 @@ def outcome(op: Op, run: Callable[..., Any], args: Arguments) -> tuple[Tensor, .
     if op is not _adamw_ema_:
         return result if isinstance(result, tuple) else (result,)
     assert result is None
-    return (*args[:5], *args[5], args[6])
+    return (*args[:5], *args[5], args[6], args[9].float())

@@ -9,6 +9,7 @@ import torch
 
 from fastdistill.ops import adamw_ema_, sum_of_squares, use_backend
 from fastdistill.ops.adamw import _stochastic_bfloat16
+from fastdistill.ops.norm import _sum_of_squares
 
 BACKENDS = ["reference", "cpu", "triton"]
 SIZE = 1000  # no multiple of a block
@@ -180,6 +181,57 @@ def test_groups_have_their_own_rate_and_decay(backend):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8)
 
 
+def ranges_of(size: int, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Starts and groups of many ranges of very different lengths, also of one element."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(1, size, (200,), generator=generator).tolist()
+    starts = sorted({0, 1, 2, size // 2, size - 1, *cuts, *range(1024, size, 1024)})
+    groups = torch.randint(0, 3, (len(starts),), generator=generator)
+    return starts, groups.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [5000, 8192])
+def test_hundreds_of_ranges_share_the_rates_of_a_few_groups(size, backend):
+    starts, groups = ranges_of(size)
+    rates, decays = [1e-2, 3e-2, 0.0], [0.1, 0.0, 0.5]
+    mixed, pure = State(size), [State(size) for _ in rates]
+    gradient = random(size)
+    with use_backend(backend):
+        mixed.update(gradient, lr=rates, weight_decay=decays, starts=starts, groups=groups)
+        for state, rate, decay in zip(pure, rates, decays, strict=True):
+            state.update(gradient, lr=rate, weight_decay=decay)
+    sizes = torch.tensor([*starts[1:], size]) - torch.tensor(starts)
+    owner = torch.tensor(groups).repeat_interleave(sizes)
+    for group, state in enumerate(pure):
+        mine = owner == group
+        torch.testing.assert_close(mixed.parameter[mine], state.parameter[mine], rtol=1e-6, atol=0)
+        torch.testing.assert_close(mixed.emas[0][mine], state.emas[0][mine], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_range_may_be_of_any_group_and_groups_may_be_absent(backend):
+    one, same = State(), State()
+    with use_backend(backend):
+        one.update(random(SIZE), lr=[0.5, 1e-2, 0.7], weight_decay=0.1, groups=[1])
+        same.update(random(SIZE), lr=1e-2, weight_decay=0.1)
+    assert torch.equal(one.parameter, same.parameter)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [0, 16, SIZE, 4096])
+def test_updates_and_skipped_updates_are_counted(size, backend):
+    state, counters = State(size), torch.zeros(2, dtype=torch.int32)
+    seen = []
+    with use_backend(backend):
+        for norm in (1.0, float("nan"), 4.0, float("inf"), float("nan"), 1.0):
+            state.update(random(size), squared_norm=torch.tensor(norm), counters=counters)
+            seen.append((int(state.step), *counters.tolist()))
+        state.update(random(size), counters=counters)
+    assert seen == [(1, 0, 0), (1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 3, 0), (3, 3, 0)]
+    assert (int(state.step), *counters.tolist()) == (4, 3, 0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_averages_forget_their_start_early_if_asked_to(backend):
     """After n updates an average keeps at most (1 + n) / (10 + n) of itself."""
@@ -231,6 +283,14 @@ def test_wrong_input_is_refused():
     refused("1 emas and 2 ema_decays", ema_decays=[0.9, 0.8])
     refused("starts is", starts=[0, 8], lr=[1.0, 1.0])
     refused("starts is", starts=[1])
+    refused("groups is", starts=[0, 4], groups=[0])
+    refused("groups is", starts=[0, 4], groups=[0, -1])
+    refused("2 groups have 1 values", starts=[0, 4], groups=[0, 1], lr=[1.0])
+    refused("have 2 and 3 values", groups=[0], lr=[1.0] * 2, weight_decay=[0.0] * 3)
+    refused("1 groups have 2 values", lr=[1.0] * 2)
+    refused("at most 64", groups=[64])
+    refused("counters is", counters=torch.zeros(2))
+    refused("counters is", counters=torch.zeros(4, dtype=torch.int32)[::2])
     refused("one number, or one for each group", starts=[0, 4], lr=[1.0])
     refused("rounds a bfloat16 copy", key=KEY)
     refused("expected a scalar", squared_norm=torch.zeros(2))
@@ -275,3 +335,27 @@ def test_sum_of_squares_of_any_shape_and_stride(backend):
         torch.testing.assert_close(sum_of_squares(value.t()[::2]), value.t()[::2].square().sum())
     with pytest.raises(ValueError, match=r"torch\.int64"):
         sum_of_squares(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [0, 5, 4096, 70_000])
+def test_a_ticket_changes_nothing_and_is_left_zero(size, backend):
+    value, ticket = random(size), torch.zeros(1, dtype=torch.int32)
+    with use_backend(backend):
+        plain = sum_of_squares(value)
+        assert torch.equal(sum_of_squares(value, ticket=ticket), plain)
+        assert torch.equal(sum_of_squares(value, ticket=ticket), plain)
+    assert ticket == 0
+
+
+def test_a_ticket_of_another_form_is_refused():
+    for ticket in (torch.zeros(1), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"expected torch\.zeros\(1"):
+            sum_of_squares(random(4), ticket=ticket)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_of_the_ticket(backend):
+    with use_backend(backend):
+        args = (random(100), torch.zeros(1, dtype=torch.int32))
+        torch.library.opcheck(_sum_of_squares.overload, args)

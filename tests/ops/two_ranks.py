@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def check_refusal(parameter, args) -> None:
-    """An update takes one rank's range, never a whole DTensor."""
-    from fastdistill.ops import adamw_ema_
+    """An update takes one rank's range, never a whole DTensor, and a DTensor takes no ticket."""
+    from fastdistill.ops import adamw_ema_, sum_of_squares
 
     with pytest.raises(ValueError, match="DTensor"):
         adamw_ema_(parameter, *args[1:5], lr=0.1)
+    with pytest.raises(ValueError, match="takes no ticket"):
+        sum_of_squares(parameter, ticket=torch.zeros(1, dtype=torch.int32))
 
 
 def check(rank: int, store: str) -> None:
