@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from processes import run_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastdistill.optim import Arena, ArenaAdamW
 from fastdistill.parallel import Ranks, ShardedArena, shard
@@ -65,17 +68,21 @@ def loss_of(net: nn.Module, ranks: Ranks, update: int, micro: int) -> Tensor:
 
 
 def train_in_arena(
-    ranks: Ranks, resident: bool, accumulation: int, shards: int | None = None, **options
+    ranks: Ranks,
+    resident: bool,
+    accumulation: int,
+    max_norm: float | None = 1.0,
+    attached: bool = True,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and weights by name after all updates."""
     net = network()
     if ranks.size == 1:
         arena: Arena = Arena(net, averages=1)
     else:
-        shard(net, ranks.mesh(shards), resident=resident, largest_unit=130)
+        shard(net, ranks.mesh(), resident=resident, largest_unit=130)
         arena = ShardedArena(net, prefetch=resident, averages=1)
-        assert arena.attached
-    optimizer = ArenaAdamW(arena, lr=1e-2, max_norm=1.0, ema_decays=[0.5], **options)
+        assert arena.attached == attached
+    optimizer = ArenaAdamW(arena, lr=1e-2, max_norm=max_norm, ema_decays=[0.5])
     losses = []
     for update in range(UPDATES):
         for micro in range(accumulation):
@@ -105,3 +112,117 @@ def test_sharded_is_unsharded_to_rounding(size, accumulation):
             torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-6)
             for name, value in state.items():
                 torch.testing.assert_close(other[name], value, rtol=2e-4, atol=2e-6, msg=name)
+
+
+def train_outside_an_arena(ranks: Ranks, resident: bool) -> dict[str, Tensor]:
+    """Weights by name after all updates of plain FSDP2 and torch's AdamW.
+
+    The optimizer gets copies of the shards, one after the other and filled up to whole vectors: the
+    last elements of a tensor that its vector code leaves to scalar code are rounded otherwise.
+    """
+    net = network()
+    shard(net, ranks.mesh(), resident=resident, largest_unit=130)
+    parts = [module for module in net.modules() if isinstance(module, FSDPModule)]
+    trained = [value for value in net.parameters() if value.requires_grad]
+    sizes = [value.to_local().numel() for value in trained]
+
+    def flat(tensors: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat([value.detach().to_local().flatten() for value in tensors])
+        return nn.functional.pad(joined, (0, -len(joined) % 64))
+
+    copy = nn.Parameter(flat(trained))
+    optimizer = torch.optim.AdamW([copy], lr=1e-2, fused=True)
+    for update in range(UPDATES):
+        loss_of(net, ranks, update, 0).backward()
+        copy.grad = flat([value.grad for value in trained])
+        for value in trained:  # not net.parameters(), which may be the gathered ones now
+            value.grad = None
+        optimizer.step()
+        for module in parts:
+            module.reshard()
+        with torch.no_grad():
+            new = copy[: sum(sizes)].split(sizes)
+            for value, part in zip(trained, new, strict=True):
+                value.to_local().copy_(part.view_as(value.to_local()))
+    names = {value: name for name, value in net.named_parameters()}
+    return {f"parameter.{names[value]}": whole(value) for value in trained}
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_arena_changes_no_bit_of_fsdp2(resident):
+    plain = run_ranks(2, train_outside_an_arena, resident)[0]
+    _, state = run_ranks(2, train_in_arena, resident, 1, None)[0]
+    assert all(torch.equal(state[name], value) for name, value in plain.items())
+
+
+def train_without_hooks(ranks: Ranks, resident: bool, accumulation: int):
+    """What a torch without ``set_custom_reduce_scatter`` would do."""
+    del FSDPModule.set_custom_reduce_scatter
+    return train_in_arena(ranks, resident, accumulation, attached=False)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_without_fsdp2s_hooks_the_arena_copies_and_changes_no_bit(resident):
+    _, expected = run_ranks(2, train_in_arena, resident, 1)[0]
+    _, state = run_ranks(2, train_without_hooks, resident, 1)[0]
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def shown_average(ranks: Ranks, resident: bool) -> list[Tensor]:
+    """Outputs with the weights, with their average, and with the weights again."""
+    net, x = network(), samples(0, 0)
+    shard(net, ranks.mesh(), resident=resident, largest_unit=130)
+    arena = ShardedArena(net, prefetch=resident, averages=1)
+    arena.ranges["ema_0"].mul_(0.5)
+    outputs = []
+    with torch.no_grad():
+        outputs.append(net(x))
+        with arena.showing("ema_0"):
+            outputs.append(net(x))
+        outputs.append(net(x))
+    return outputs
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_averages_are_shown_for_sampling_and_taken_away(resident):
+    own, halved = network(), network()
+    with torch.no_grad():
+        for value in halved.parameters():
+            value.mul_(0.5 if value.requires_grad else 1.0)
+        expected = [net(samples(0, 0)) for net in (own, halved, own)]
+    for outputs in run_ranks(2, shown_average, resident):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def train_in_bfloat16(ranks: Ranks, resident: bool) -> tuple[set, list[float]]:
+    """Dtypes of gathered weights, and losses."""
+    net = network()
+    shard(net, ranks.mesh(), resident=resident, compute_dtype=torch.bfloat16, largest_unit=130)
+    arena = ShardedArena(net, prefetch=resident)
+    optimizer = ArenaAdamW(arena, lr=1e-2)
+    seen, losses = set(), []
+    net.enter.register_forward_pre_hook(lambda module, *_: seen.add(module.weight.dtype))
+    for _ in range(20):
+        loss = net(samples(0, 0).bfloat16()).float().square().mean()
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad(), arena.publish()
+        losses.append(loss.item())
+    assert all(flat.dtype == torch.float32 for flat in arena.ranges.values())
+    return seen, losses
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_bfloat16_weights_are_gathered_from_float32_shards(resident):
+    for seen, losses in run_ranks(2, train_in_bfloat16, resident):
+        assert seen == {torch.bfloat16}
+        assert losses[-1] < 0.5 * losses[0]
+
+
+def refused(ranks: Ranks) -> str:
+    with pytest.raises(ValueError, match="is not sharded") as error:
+        ShardedArena(network())
+    return str(error.value)
+
+
+def test_a_network_that_is_not_sharded_is_refused():
+    assert "apply fastdistill.parallel.shard" in run_ranks(2, refused)[0]
