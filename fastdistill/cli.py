@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -52,11 +53,17 @@ def train(
 
 
 @app.command()
-def resume(run: RunFolder) -> None:
-    """Continue a run from its newest intact checkpoint."""
+def resume(
+    run: RunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys of the machine to change, as parallel.mode=fsdp."),
+    ] = None,
+) -> None:
+    """Continue a run from its newest intact checkpoint, over any number of processes."""
     from fastdistill.engine.job import Job
 
-    _run(Job.open(run, say))
+    _run(Job.open(run, say, overrides))
 
 
 @app.command()
@@ -191,6 +198,7 @@ def _unused(folder: Path) -> Path:
 def _run(job: Job) -> None:
     from fastdistill.engine.folder import is_disk_full
     from fastdistill.engine.trainer import Interrupted
+    from fastdistill.parallel import RankLostError
 
     folder = job.folder
     advice = f"continue with `fastdistill resume {folder}`"
@@ -200,10 +208,16 @@ def _run(job: Job) -> None:
         _stop(f"{request}; {advice}", 130)
     except KeyboardInterrupt:
         _stop(f"stopped; {advice}", 130)
+    except RankLostError as error:
+        console.file.flush()
+        sys.stderr.write(f"error: {error}; {advice}\n")
+        sys.stderr.flush()
+        os._exit(1)  # the end of torch's process groups would wait for the lost rank
     except OSError as error:
         if not is_disk_full(error):
             raise
         _stop(f"error: {error}; make room, then {advice}", 1)
+    job.ranks.close()
     if summary is None:
         return
     _print_comparison(summary)

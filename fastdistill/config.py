@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -340,7 +340,7 @@ class Recipe(_Settings):
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a recipe by path or by the name of one that ships, with ``key=value`` overrides.
 
     Args:

@@ -18,15 +18,14 @@ import dataclasses
 import fcntl
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from fastdistill.config import Recipe, RecipeError, TrainingSettings, dump_recipe, parse_recipe
+from fastdistill.config import Recipe, RecipeError, TrainingSettings, dump_recipe, load_recipe
 from fastdistill.data import DATA_SETS
 from fastdistill.diffusion import Noise
 from fastdistill.engine import sampling
@@ -108,16 +107,32 @@ class Job:
         return job
 
     @classmethod
-    def open(cls, folder: Path, say: Callable[[str], None] = print) -> Job:
+    def open(
+        cls,
+        folder: Path,
+        say: Callable[[str], None] = print,
+        overrides: Sequence[str] | None = None,
+    ) -> Job:
         """Find the run in a folder.
 
+        Args:
+            folder: the run's folder.
+            say: called with each line for the screen.
+            overrides: keys that may differ from one machine to the next, as ``parallel.mode=fsdp``.
+
         Raises:
-            RecipeError: where there is none.
+            RecipeError: where there is no run, or an override would make it another one.
         """
         path = folder / "recipe.yaml"
         if not path.is_file():
             raise RecipeError(f"{folder} holds no run: {path} is missing")
-        return cls(folder, parse_recipe(yaml.safe_load(path.read_text()), str(path)), say)
+        for override in overrides or ():
+            if not override.startswith(("parallel.", "device=", "threads=")):
+                raise RecipeError(
+                    f"override {override!r} would make this another run; a run that is continued "
+                    "may change parallel.*, device and threads"
+                )
+        return cls(folder, load_recipe(path, overrides), say)
 
     def run(self) -> dict[str, Any] | None:
         """Do what is still to be done, from the newest intact checkpoint on.
