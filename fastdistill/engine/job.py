@@ -180,8 +180,10 @@ class Job:
         """The student, an average of the weights of the distillation stage."""
         recipe = self.recipe
         objective = make_objective(recipe, teacher).to(self.device)
-        if recipe.parallel.teacher == "sharded" and self.ranks.size > 1:
-            self._parallel(objective).shard(objective.teacher)
+        parallel = self._parallel(objective)
+        parallel.check_alike(objective.teacher)
+        if recipe.parallel.teacher == "sharded" and parallel.mode != "single":
+            parallel.shard(objective.teacher)
         trainer = self._trainer("distill", objective, recipe.training, log)
         self._fit(trainer, newest if newest and newest.stage == "distill" else None, log)
         times = recipe.objective.student_times

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdistill.optim.arena import Arena, Moments
+from fastdistill.optim.transfer import checksum
 from fastdistill.parallel.ranks import Ranks
 from fastdistill.parallel.sharded import ShardedArena, shard
 from fastdistill.parallel.units import LARGEST_UNIT
@@ -77,12 +78,36 @@ class Parallel:
             compute_dtype: dtype that its forwards compute in; float32 if None.
             averages: number of moving averages of its weights.
             moments: float32 or 8bit.
+
+        Raises:
+            ValueError: where ranks hold different weights.
         """
+        self.check_alike(module)
         if self.mode == "single":
             return Arena(module, compute_dtype=compute_dtype, averages=averages, moments=moments)
         resident = self.mode == "resident"
         self.shard(module, resident=resident, compute_dtype=compute_dtype)
         return ShardedArena(module, prefetch=resident, averages=averages, moments=moments)
+
+    def check_alike(self, module: nn.Module) -> None:
+        """Make sure that all ranks begin with the same weights, which nothing would notice later.
+
+        Raises:
+            ValueError: naming a rank and a tensor that differ from the first rank's.
+        """
+        if self.ranks.size == 1:
+            return
+        state = module.state_dict()
+        found = self.ranks.gather_objects(
+            {name: checksum(value.contiguous()) for name, value in state.items()}
+        )
+        for rank, own in enumerate(found):
+            differing = [name for name in state if own.get(name) != found[0].get(name)]
+            if differing:
+                raise ValueError(
+                    f"rank {rank} has other weights than rank 0 in {len(differing)} tensors, as "
+                    f"{differing[0]}; load the same file, or seed alike, on all ranks"
+                )
 
     def shard(
         self, module: nn.Module, *, resident: bool = False, compute_dtype: torch.dtype | None = None

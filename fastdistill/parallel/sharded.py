@@ -32,6 +32,11 @@ from fastdistill.optim.arena import (
     trainable_parameters,
 )
 from fastdistill.parallel._fsdp2 import UnitInArena, move_into_arena
+from fastdistill.parallel.channels_last import (
+    hold_channels_last_weights,
+    is_held_channels_last,
+    to_usual,
+)
 from fastdistill.parallel.units import LARGEST_UNIT, gathering_units, owner
 
 
@@ -46,7 +51,7 @@ def shard(
 ) -> None:
     """Apply FSDP2 to a network in place: to each gathering unit, then to the root.
 
-    Gradients are averaged over the ranks, in float32.
+    Gradients are averaged over the ranks, in float32. Channels-last convolutions stay so.
 
     Args:
         module: the network, float32 and alike on all ranks.
@@ -60,6 +65,7 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    hold_channels_last_weights(module)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     for name in gathering_units(module, largest_unit):
         fully_shard(module.get_submodule(name), reshard_after_forward=not resident, **options)
@@ -116,6 +122,9 @@ class ShardedArena(Arena):
         roles = arena_roles([torch.float32], averages=averages, moments=moments)
         self._allocate(layout, parameters, roles)
         self._sharded = parameters
+        self._channels_last = {
+            f"{name}.weight" for name, part in module.named_modules() if is_held_channels_last(part)
+        }
         self._gradients = self.views("gradient")
         with torch.no_grad():
             torch._foreach_copy_(self.views("parameter"), self._shards())
@@ -133,10 +142,11 @@ class ShardedArena(Arena):
         return self._rank
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        return {
-            name: _like(parameter, self.view(name, flat))
-            for name, parameter in zip(self.names, self._sharded, strict=True)
-        }
+        named: dict[str, Tensor] = {}
+        for name, parameter in zip(self.names, self._sharded, strict=True):
+            part = _like(parameter, self.view(name, flat))
+            named[name] = to_usual(part) if name in self._channels_last else part
+        return named
 
     def publish(self) -> None:
         """Let the next forward gather the weights anew, after an update."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdistill.config import load_recipe
 from fastdistill.data import InMemoryData
 from fastdistill.engine.checkpoint import CheckpointStore
-from fastdistill.engine.job import make_objective
+from fastdistill.engine.job import checkpoint_blocks, make_objective
 from fastdistill.engine.saved import DenoiserDescription
 from fastdistill.engine.trainer import Trainer
 from fastdistill.parallel import Mode, Parallel, Ranks
@@ -43,6 +43,8 @@ class Setup:
     shards: int | None = None
     steps: int = 200
     overrides: tuple[str, ...] = ()
+    shards_teacher: bool = False
+    recomputes: bool = False
 
 
 def make_trainer(ranks: Ranks, setup: Setup, folder: Path | None = None, **options: Any) -> Trainer:
@@ -59,12 +61,17 @@ def make_trainer(ranks: Ranks, setup: Setup, folder: Path | None = None, **optio
     objective = make_objective(recipe, teacher)
     for denoiser in (objective.student, objective.critic):
         denoiser.network.level.requires_grad_(False)
+    parallel = Parallel(ranks, setup.mode, setup.shards, LARGEST_UNIT)
+    if setup.shards_teacher:
+        parallel.shard(objective.teacher)
+    if setup.recomputes:
+        checkpoint_blocks(objective)
     store = folder and CheckpointStore(folder, ("distill",), keep=99, ranks=ranks)
     return Trainer(
         objective,
         data,
         recipe.training,
-        parallel=Parallel(ranks, setup.mode, setup.shards, LARGEST_UNIT),
+        parallel=parallel,
         checkpoints=store,
         stage="distill",
         **options,

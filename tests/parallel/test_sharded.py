@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastdistill.optim import Arena, ArenaAdamW
-from fastdistill.parallel import Ranks, ShardedArena, shard
+from fastdistill.parallel import Parallel, Ranks, ShardedArena, shard
 
 UPDATES = 6
 
@@ -226,3 +226,68 @@ def refused(ranks: Ranks) -> str:
 
 def test_a_network_that_is_not_sharded_is_refused():
     assert "apply fastdistill.parallel.shard" in run_ranks(2, refused)[0]
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 6, 3, padding=1)
+        self.frozen = nn.Conv2d(6, 6, 3, padding=1).requires_grad_(False)
+        self.leave = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.frozen(torch.tanh(self.enter(x)))))
+
+
+def convolve(ranks: Ranks, resident: bool) -> tuple[dict[str, Tensor], list, list]:
+    """Weights after some updates; strides that the convolutions saw; shapes in the state dict."""
+    torch.manual_seed(0)
+    net = Convolutions().to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = images.to(memory_format=torch.channels_last).chunk(ranks.size)[ranks.rank]
+    if ranks.size == 1:
+        arena: Arena = Arena(net)
+    else:
+        shard(net, ranks.mesh(), resident=resident, largest_unit=300)
+        arena = ShardedArena(net, prefetch=resident)
+    strides = []
+    convolution = torch.nn.functional.conv2d
+
+    def seen(value: Tensor, weight: Tensor, *rest):
+        strides.append(weight.stride())
+        return convolution(value, weight, *rest)
+
+    torch.nn.functional.conv2d = torch.nn.modules.conv.F.conv2d = seen
+    optimizer = ArenaAdamW(arena, lr=1e-2)
+    for _ in range(4):
+        net(x).square().mean().backward()
+        optimizer.step(), optimizer.zero_grad(), arena.publish()
+    torch.nn.functional.conv2d = torch.nn.modules.conv.F.conv2d = convolution
+    state = {name: whole(value) for name, value in arena.named(arena.ranges["parameter"]).items()}
+    shapes = [tuple(value.shape) for value in net.state_dict().values()]
+    return state, strides, shapes
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_channels_last_convolutions_are_sharded_and_stay_channels_last(resident):
+    expected, strides, shapes = convolve(Ranks(), resident)
+    assert strides[:2] == [(27, 1, 9, 3), (54, 1, 18, 6)]
+    for state, seen, found in run_ranks(2, convolve, resident):
+        assert seen == strides
+        assert found == shapes
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+
+
+def begin_differently(ranks: Ranks) -> str:
+    net = network()
+    if ranks.rank == 1:
+        net.blocks[1].norm.bias.data[3] += 1e-7
+    with pytest.raises(ValueError, match="rank 1 has other weights") as error:
+        Parallel(ranks, "resident").arena(net)
+    return str(error.value)
+
+
+def test_ranks_that_begin_with_different_weights_are_told():
+    for message in run_ranks(2, begin_differently):
+        assert "in 1 tensors, as blocks.1.norm.bias" in message

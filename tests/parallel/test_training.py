@@ -55,6 +55,27 @@ def test_two_hundred_steps_are_those_of_one_process(alone, size, setup):
         assert rows == results[0][0]
 
 
+@pytest.mark.parametrize("mode", ["resident", "fsdp"])
+def test_a_sharded_teacher_and_recomputed_blocks_change_nothing(mode):
+    expected = run_ranks(2, train, Setup(mode, steps=10))[0]
+    found = run_ranks(2, train, Setup(mode, steps=10, shards_teacher=True, recomputes=True))[0]
+    assert_same_training(found, expected)
+
+
+LOW = ("training.precision=bfloat16", "training.moments=8bit")
+
+
+@pytest.mark.parametrize("mode", ["resident", "fsdp"])
+def test_bfloat16_networks_with_8_bit_moments_follow_float32_ones(mode):
+    """The weights are where float32 training takes them, up to a share of the way they went."""
+    start = whole_state(make_trainer(Ranks(), Setup()))
+    _, exact = train(Ranks(), Setup(steps=60))
+    _, low = run_ranks(2, train, Setup(mode, steps=60, overrides=LOW))[0]
+    name = "networks/critic.network.blocks.2.inner.weight"
+    way = (exact[name] - start[name]).norm()
+    assert (low[name] - exact[name]).norm() < 0.5 * way
+
+
 def test_a_run_repeats_bit_by_bit():
     setup = Setup("resident", steps=30)
     first, second = (run_ranks(2, train, setup)[0] for _ in range(2))
