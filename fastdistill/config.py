@@ -170,6 +170,12 @@ class TrainingSettings(_Settings):
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; at least two, so that a damaged newest one costs little."""
 
+    @model_validator(mode="after")
+    def _rounding_has_something_to_round(self) -> TrainingSettings:
+        if self.stochastic_rounding and self.precision == "float32":
+            raise ValueError("stochastic_rounding rounds bfloat16 weights; set precision: bfloat16")
+        return self
+
 
 class ParallelSettings(_Settings):
     """How networks are spread over the processes that torchrun starts."""

@@ -162,16 +162,16 @@ class Trainer:
         student.train(was_training)
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The student's state dict with averaged weights, whole tensors on every rank."""
+        """The student's state dict with averaged weights, whole on every rank, on the CPU."""
         arena = self.arenas["student"]
-        averages = arena.named(arena.ranges["ema_0"])
         weights = {
             name.removeprefix("student."): _whole(value)
             for name, value in self._kept.items()
             if name.startswith("student.")
         }
+        averages = arena.whole("ema_0")
         for entry in arena.layout.entries:
-            weights |= dict.fromkeys(entry.names, _whole(averages[entry.names[0]]))
+            weights |= dict.fromkeys(entry.names, averages[entry.names[0]])
         return weights
 
     def save(self) -> None:
@@ -291,6 +291,12 @@ class Trainer:
             module.input_dtype = low
         else:
             low = None  # a discriminator is small, and computes in float32
+        stochastic = settings.stochastic_rounding and low is not None
+        if stochastic and self.parallel.mode != "single":
+            raise ValueError(
+                f"stochastic_rounding is for one process; in mode {self.parallel.mode} weights are "
+                "rounded to nearest when they are gathered from float32 shards: turn it off"
+            )
         arena = self.parallel.arena(
             module, compute_dtype=low, averages=int(is_student), moments=settings.moments
         )
@@ -298,7 +304,7 @@ class Trainer:
             arena,
             updates=settings.steps // self.ratio if is_student else settings.steps,
             half_lives=[settings.ema_half_life] if is_student else [],
-            stochastic_rounding=settings.stochastic_rounding and "copy" in arena.ranges,
+            stochastic_rounding=stochastic,
             seed=self.seed,
             **dict(options),
         )
@@ -339,7 +345,8 @@ class Trainer:
 
 
 def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.to("cpu", copy=True)
 
 
 def memory_in_use(device: torch.device) -> float:

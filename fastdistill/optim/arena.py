@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastdistill.ops import MOMENT_BLOCK, dequantise_moment, quantise_moment
 from fastdistill.optim.layout import Entry, Layout
-from fastdistill.optim.transfer import pack_
+from fastdistill.optim.transfer import pack_, unpack_
 
 Moments = Literal["float32", "8bit"]
 Group = Callable[[str, Tensor], int]
@@ -133,6 +133,14 @@ class Arena:
         Shards of a sharded network are DTensors, which torch.distributed.checkpoint understands.
         """
         return {name: self.view(name, flat) for name in self.names}
+
+    @torch.no_grad()
+    def whole(self, role: str) -> dict[str, Tensor]:
+        """Copies of every parameter's part of a role, whole on every rank, on the CPU."""
+        copies = {name: torch.empty_like(self.view(name, self.ranges[role])) for name in self.names}
+        offsets = [self.layout.offset(name) for name in self.names]
+        unpack_(self.ranges[role], list(copies.values()), offsets)
+        return {name: value.cpu() for name, value in copies.items()}
 
     @torch.no_grad()
     def load(self, role: str, tensors: Sequence[Tensor | None]) -> None:

@@ -148,6 +148,11 @@ class ShardedArena(Arena):
             named[name] = to_usual(part) if name in self._channels_last else part
         return named
 
+    @torch.no_grad()
+    def whole(self, role: str) -> dict[str, Tensor]:
+        parts: dict[str, Any] = self.named(self.ranges[role])
+        return {name: part.full_tensor().cpu() for name, part in parts.items()}
+
     def publish(self) -> None:
         """Let the next forward gather the weights anew, after an update."""
         self._show("parameter")

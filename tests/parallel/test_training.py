@@ -62,6 +62,31 @@ def test_a_sharded_teacher_and_recomputed_blocks_change_nothing(mode):
     assert_same_training(found, expected)
 
 
+def test_a_gan_on_the_critics_features_is_the_same_in_every_mode():
+    """The student's gradient passes through the critic, whose weights it must leave alone."""
+    features = ("objective.gan_features=critic", "objective.gan_weight=0.1")
+    expected = train(Ranks(), Setup(steps=30, overrides=features))
+    for mode in ("resident", "fsdp"):
+        found = run_ranks(2, train, Setup(mode, steps=30, overrides=features))[0]
+        assert_same_training(found, expected)
+
+
+def refused_rounding(ranks: Ranks) -> None:
+    options = ("training.precision=bfloat16", "training.stochastic_rounding=true")
+    with pytest.raises(ValueError, match="stochastic_rounding is for one process"):
+        make_trainer(ranks, Setup("resident", overrides=options))
+
+
+def test_options_and_batches_that_ranks_cannot_have_are_refused():
+    run_ranks(2, refused_rounding)
+    run_ranks(2, refused_batch)
+
+
+def refused_batch(ranks: Ranks) -> None:
+    with pytest.raises(ValueError, match="batch_size is 15, which 2 ranks cannot share equally"):
+        make_trainer(ranks, Setup("fsdp", overrides=("training.batch_size=15",)))
+
+
 LOW = ("training.precision=bfloat16", "training.moments=8bit")
 
 
