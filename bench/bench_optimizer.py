@@ -10,9 +10,9 @@ Bytes a parameter: gradient read twice, weights, moments and average both ways, 
 38 with bfloat16 gradients; 26 with 8-bit moments too ("8bit"), which torch has not.
 torch takes gradients in the parameters' dtype alone, so that bfloat16 ones are cast first.
 
-"backward" adds what an update must do about gradients: a graph, kept, whose backward computes each
-gradient as a new tensor and no more, and `zero_grad`. torch drops gradients and takes the new ones
-over, at no cost in time. Ours clears its range (4 bytes a parameter) and autograd adds to it (12);
+"backward" adds what gradients cost: `zero_grad`, then the backward of a graph that is kept, which
+computes each gradient as a new tensor and does no more. torch drops the old gradients and takes the
+new ones over, at no cost in time. Ours clears its range (4 bytes a parameter) and autograd adds to it (12);
 "gradients dropped" is `module.zero_grad()`, after which the update copies the new ones in (8).
 
 "of 1 element" is the host's time: an update of as many tensors with next to nothing in them. (Ours
@@ -211,17 +211,15 @@ def _by_torch(setting: Setting, **implementation: Any) -> Callable[[Inputs], Run
 def _after_backward(
     inputs: Inputs, parameters: Sequence[Tensor], update: Run, zero_grad: Callable[[], None]
 ) -> Run:
-    """Let every update begin without gradients, and get them from a backward pass."""
+    """Let every update clear the gradients of the last one and get its own from a backward."""
     pairs = zip(parameters, inputs.cotangents, strict=True)
     # By .data autograd does not mind when cotangents are filled anew.
     roots = [torch.dot(parameter, cotangent.data) for parameter, cotangent in pairs]
-    zero_grad()
 
     def run() -> Results:
-        torch.autograd.backward(roots, retain_graph=True)
-        update()
         zero_grad()
-        return ()
+        torch.autograd.backward(roots, retain_graph=True)
+        return update()
 
     return run
 
