@@ -6,14 +6,14 @@ in bfloat16 ("copy"), the cast of its weights. torch's are `clip_grad_norm_`, `t
 Shapes name the parameters and the tensors that they are in; 1,680 tensors are SDXL's, scaled, and
 60 grow with a cube. The dtype is that of the gradients.
 
-Bytes a parameter: gradient read twice, weights, moments and average both ways, copy written: 42;
-38 with bfloat16 gradients; 26 with 8-bit moments too ("8bit"), which torch has not.
-torch takes gradients in the parameters' dtype alone, so that bfloat16 ones are cast first.
+Bytes a parameter: gradient read twice, weights, moments and average both ways, copy written: 42; 38
+with bfloat16 gradients, 26 with 8-bit moments too ("8bit"), which torch has not. It takes gradients
+in the parameters' dtype alone, so that bfloat16 ones are cast first.
 
 "backward" adds what gradients cost: `zero_grad`, then the backward of a graph that is kept, which
 computes each gradient as a new tensor and does no more. torch drops the old gradients and takes the
-new ones over, at no cost in time. Ours clears its range (4 bytes a parameter) and autograd adds to it (12);
-"gradients dropped" is `module.zero_grad()`, after which the update copies the new ones in (8).
+new ones over, at no cost in time. Ours clears its range (4 bytes a parameter) and autograd adds to
+it (12). "gradients dropped" is `module.zero_grad()`: the update copies the new ones in (8).
 
 "of 1 element" is the host's time: an update of as many tensors with next to nothing in them. (Ours
 still walks through the 256 elements to which the arena aligns each.)
