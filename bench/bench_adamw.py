@@ -40,6 +40,9 @@ LR, BETAS, EPS, DECAY, MAX_NORM, EMA_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01, 1.0
 STEPS_DONE = 10
 TOLERANCE = 1e-3
 
+OptimizerOf = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class Kind(NamedTuple):
     """What an update is of."""
@@ -109,8 +112,8 @@ def _case(kind: Kind, device: torch.device) -> Case:
 
     variants = {
         OURS: Variant(_ours(kind)),
-        "torch fused AdamW, foreach EMA": Variant(_torch(_adamw(fused=True))),
-        "torch foreach AdamW, foreach EMA": Variant(_torch(_adamw(foreach=True))),
+        "torch fused AdamW, foreach EMA": Variant(_torch(adamw(fused=True))),
+        "torch foreach AdamW, foreach EMA": Variant(_torch(adamw(foreach=True))),
     }
     if device.type == "cuda" and importlib.util.find_spec("apex"):
         variants["apex fused Adam, foreach EMA"] = Variant(_torch(_apex))
@@ -142,7 +145,8 @@ def _moments(state: State) -> tuple[Tensor, Tensor]:
     )
 
 
-def _options() -> dict[str, Any]:
+def options() -> dict[str, Any]:
+    """AdamW's hyper-parameters."""
     return {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
 
 
@@ -154,7 +158,7 @@ def _ours(kind: Kind) -> Callable[[State], Run]:
         def run() -> Results:
             adamw_ema_(
                 *state[:5],
-                **_options() | {"lr": [LR] * 3},
+                **options() | {"lr": [LR] * 3},
                 starts=starts,
                 groups=groups,
                 squared_norm=sum_of_squares(state.gradient, ticket=state.ticket),
@@ -185,48 +189,88 @@ def _reference(*values: Any) -> Results:
     return ()
 
 
-def _adamw(**implementation: Any) -> Callable[..., torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.AdamW(parameters, **_options(), **implementation)
+def adamw(**implementation: Any) -> OptimizerOf:
+    """torch's AdamW in one of its implementations."""
+    return lambda parameters: torch.optim.AdamW(parameters, **options(), **implementation)
 
 
 def _apex(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     from apex.optimizers import FusedAdam
 
-    return FusedAdam(parameters, **_options(), adam_w_mode=True)
+    return FusedAdam(parameters, **options(), adam_w_mode=True)
 
 
-def _torch(
-    optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-) -> Callable[[State], Run]:
-    """Clip, step, average and copy over views of the state that are as many as a network's."""
+class Views(NamedTuple):
+    """What torch's functions work on: the tensors of a network in each role."""
+
+    weights: Tensors
+    gradients: Tensors
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+    emas: Tensors
+    copies: Tensors
+    """In bfloat16; empty for a network that has none."""
+
+
+class TorchUpdate:
+    """Clip, step, average and copy by torch's functions, in place."""
+
+    def __init__(self, optimizer_of: OptimizerOf, views: Views) -> None:
+        self._views = views
+        self.parameters = [nn.Parameter(weight) for weight in views.weights]
+        cast = views.gradients[0].dtype != views.weights[0].dtype
+        self._casts = [torch.empty_like(weight) for weight in views.weights] if cast else []
+        for parameter, gradient in zip(
+            self.parameters, self._casts or views.gradients, strict=True
+        ):
+            parameter.grad = gradient
+        self.optimizer = optimizer_of(self.parameters)
+        # As torch has it: on the host but for fused kernels, which would else wait for the device.
+        device = views.weights[0].device if self.optimizer.defaults.get("fused") else "cpu"
+        for parameter, m, v in zip(self.parameters, views.exp_avg, views.exp_avg_sq, strict=True):
+            step = torch.full((), float(STEPS_DONE), device=device)
+            self.optimizer.state[parameter] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+
+    @torch.no_grad()
+    def __call__(self) -> Results:
+        weights, gradients, _, _, emas, copies = self._views
+        if self._casts:
+            torch._foreach_copy_(self._casts, gradients)
+        nn.utils.clip_grad_norm_(self.parameters, MAX_NORM, foreach=True)
+        self.optimizer.step()
+        torch._foreach_lerp_(emas, weights, 1 - EMA_DECAY)
+        if copies:
+            torch._foreach_copy_(copies, weights)
+        return ()
+
+
+def _torch(optimizer_of: OptimizerOf) -> Callable[[State], Run]:
+    """torch's update of views of the state that are as many as a network's tensors."""
 
     def bind(state: State) -> Run:
         flat = (state.parameter, state.gradient, *_moments(state), state.ema, state.copy)
-        views = [split_like_a_network(value) for value in flat]
-        weights, gradients, exp_avg, exp_avg_sq, emas, copies = views
-        parameters = [nn.Parameter(weight) for weight in weights]
-        cast = state.gradient.dtype != state.parameter.dtype
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = torch.empty_like(parameter) if cast else gradient
-        own = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        optimizer = optimizer_of(parameters)
-        for parameter, m, v in zip(parameters, exp_avg, exp_avg_sq, strict=True):
-            step = state.step.clone()
-            optimizer.state[parameter] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-
-        @torch.no_grad()
-        def run() -> Results:
-            if cast:
-                torch._foreach_copy_(own, gradients)
-            nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
-            optimizer.step()
-            torch._foreach_lerp_(emas, weights, 1 - EMA_DECAY)
-            torch._foreach_copy_(copies, weights)
-            return ()
-
-        return run
+        return TorchUpdate(optimizer_of, Views(*map(split_like_a_network, flat)))
 
     return bind
+
+
+def exact_update(
+    parameter: Tensor, gradient: Tensor, m: Tensor, v: Tensor, ema: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In float64: change of the parameter, change of the average, both moments."""
+    g = gradient * (MAX_NORM / (norm + 1e-6)).clamp(max=1)
+    t, (beta1, beta2) = STEPS_DONE + 1, BETAS
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    denominator = (v / (1 - beta2**t)).sqrt() + EPS
+    changed = parameter * (1 - LR * DECAY) - LR / (1 - beta1**t) * m / denominator
+    return changed - parameter, (1 - EMA_DECAY) * (changed - ema), m, v
+
+
+def fault_of_copy(copy: Tensor, weights: Tensor) -> str | None:
+    """What is wrong with a bfloat16 copy of weights, both as float64."""
+    if ((copy - weights).abs() > 2**-7 * weights.abs()).any():
+        return "the copy is more than one bfloat16 away from the parameter"
+    return None
 
 
 def _judge(state: State) -> Judge:
@@ -239,20 +283,15 @@ def _judge(state: State) -> Judge:
     parameter, gradient, ema = taken(state.parameter), taken(state.gradient), taken(state.ema)
     m, v = map(taken, _moments(state))
     norm = exact_sum_of_squares(state.gradient).sqrt()
-    g = gradient * (MAX_NORM / (norm + 1e-6)).clamp(max=1)
-    t, (beta1, beta2) = STEPS_DONE + 1, BETAS
-    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
-    denominator = (v / (1 - beta2**t)).sqrt() + EPS
-    changed = parameter * (1 - LR * DECAY) - LR / (1 - beta1**t) * m / denominator
-    moved = (1 - EMA_DECAY) * (changed - ema)
+    changes = exact_update(parameter, gradient, m, v, ema, norm)
     coded = state.moment_key is not None
-    usual = near((changed - parameter, moved, *(() if coded else (m, v))), TOLERANCE)
+    usual = near(changes[:2] if coded else changes, TOLERANCE)
 
     def judge(_: Results) -> str | None:
         weights, averages, copy = map(taken, (state.parameter, state.ema, state.copy))
-        if ((copy - weights).abs() > 2**-7 * weights.abs()).any():
-            return "the copy is more than one bfloat16 away from the parameter"
         moments = () if coded else tuple(map(taken, _moments(state)))
-        return usual((weights - parameter, averages - ema, *moments))
+        return fault_of_copy(copy, weights) or usual(
+            (weights - parameter, averages - ema, *moments)
+        )
 
     return judge

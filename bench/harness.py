@@ -90,6 +90,8 @@ class Row:
     variant: str
     bytes_moved: int
     microseconds: float | None = None
+    least: float | None = None
+    """Shortest sample, in microseconds a call."""
     spread: float | None = None
     """Half the distance of the quartiles, as a share of the median."""
     ratio: float | None = None
@@ -141,8 +143,8 @@ class Walk:
 
 def measure(case: Case, timer: Timer, seconds: float, least_rounds: int = 5) -> list[Row]:
     """Prove and time all variants of a case; ``seconds`` is the time that each is given."""
+    faults = prove(case, case.variants, timer.device)
     inputs = case.make(generator(timer.device))
-    faults = prove(case, case.variants, inputs)
     sets = [inputs, *_more_sets(case, inputs, timer)]
     peaks: dict[str, int] = {}
     walks = {CEILINGS[case.ceiling]: Walk(_ceiling(case, timer))}
@@ -172,22 +174,26 @@ def measure(case: Case, timer: Timer, seconds: float, least_rounds: int = 5) -> 
     return rows + [_row(case, name, note=fault) for name, fault in faults.items()]
 
 
-def prove(case: Case, names: Iterable[str], inputs: Any) -> dict[str, str]:
+def prove(case: Case, names: Iterable[str], device: torch.device) -> dict[str, str]:
     """What is wrong with these variants' results on the inputs of seed 0, where something is."""
-    usual = None if case.in_place else case.judge(inputs)
-    device = next(iter(tensors(inputs))).device
-    faults: dict[str, str] = {}
-    for name in names:
-        variant = case.variants[name]
-        own = case.make(generator(device)) if case.in_place else inputs
-        try:
-            judge = variant.judge(own) if variant.judge else usual or case.judge(own)
-            fault = judge(variant.bind(own)())
-            if fault is not None:
-                faults[name] = f"wrong result, refused: {fault}"
-        except Exception as error:
-            faults[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
-    return faults
+    shared: Any = None if case.in_place else case.make(generator(device))
+    usual = None if case.in_place else case.judge(shared)
+    faults = {name: _fault(case, name, device, shared, usual) for name in names}
+    return {name: fault for name, fault in faults.items() if fault is not None}
+
+
+def _fault(
+    case: Case, name: str, device: torch.device, shared: Any, usual: Judge | None
+) -> str | None:
+    """A function of its own, so that no two sets of what is changed in place are held at once."""
+    variant = case.variants[name]
+    inputs = case.make(generator(device)) if case.in_place else shared
+    try:
+        judge = variant.judge(inputs) if variant.judge else usual or case.judge(inputs)
+        fault = judge(variant.bind(inputs)())
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {_first_line(error)}"
+    return None if fault is None else f"wrong result, refused: {fault}"
 
 
 def near(exact: Results, tolerance: float) -> Judge:
@@ -284,6 +290,7 @@ def _rows(case: Case, samples: dict[str, list[float]]) -> Iterator[Row]:
             case,
             name,
             microseconds=median * 1e6,
+            least=min(samples[name]) * 1e6,
             spread=_quartile_distance(sorted(samples[name])) / 2 / median,
             ratio=None if ours is None else median / ours,
             gigabytes_per_second=case.bytes_moved / median / 1e9,

@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.harness import BUSY, CEILINGS, GRAPH, OURS, Row
 from bench.machine import Machine
 
-COLUMNS = ("µs", "±", "/ ours", "GB/s", "ceiling", "CPU µs", "peak MiB")
+COLUMNS = ("µs", "min µs", "±", "/ ours", "GB/s", "ceiling", "CPU µs", "peak MiB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Report:
 def wide_console() -> Console:
     """A console that does not break tables where output goes to a file."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=132)
+    return console if console.is_terminal else Console(highlight=False, width=144)
 
 
 def table(op: str, rows: Sequence[Row]) -> Table:
@@ -83,6 +83,7 @@ def cells(row: Row) -> list[str]:
     return [
         row.variant,
         number(row.microseconds),
+        "-" if row.least is None else number(row.least),
         f"{row.spread:.0%}",
         "-" if row.ratio is None else f"{row.ratio:.2f}",
         f"{row.gigabytes_per_second:.1f}",
@@ -110,10 +111,10 @@ def number(value: float) -> str:
 
 
 FOOTNOTE = """\
-±: half the distance of the quartiles. / ours: time over ours. GB/s: bytes of the op's stated model
-over time. ceiling: share of the bandwidth of the copy (or in-place scaling) in the same rounds; *
-where the inputs fit the last-level cache. CPU µs: time to enqueue on a GPU, of all threads on a
-CPU. peak: results and temporaries of one call."""
+µs: median. ±: half the distance of the quartiles. / ours: time over ours. GB/s: bytes of the op's
+stated model over time. ceiling: share of the bandwidth of the copy (or in-place scaling) in the
+same rounds; * where the inputs fit the last-level cache. CPU µs: time to enqueue on a GPU, of all
+threads on a CPU. peak: results and temporaries of one call."""
 
 
 def variants_of(rows: Sequence[Row]) -> list[str]:

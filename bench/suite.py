@@ -18,6 +18,7 @@ from bench import (
     bench_mixture,
     bench_noise,
     bench_norm,
+    bench_optimizer,
     bench_projection,
     bench_renoise,
 )
@@ -31,6 +32,7 @@ OPS: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "consistency_cotangent": bench_consistency.cases,
     "denoising_cotangent": bench_denoising.cases,
     "adamw_ema_": bench_adamw.cases,
+    "optimizer": bench_optimizer.cases,
     "sum_of_squares": bench_norm.cases,
     "gaussian_transport": bench_gaussian.cases,
     "mixture_denoise": bench_mixture.cases,

@@ -23,7 +23,7 @@ def named(case):
 
 
 def faults(case, names):
-    return prove(case, names, case.make(generator(DEVICE)))
+    return prove(case, names, DEVICE)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=named)
@@ -34,12 +34,12 @@ def test_ours_equals_the_reference(case):
 @pytest.mark.parametrize("case", SMALL, ids=named)
 def test_eager_rivals_compute_the_same(case):
     names = [name for name in case.variants if name != OURS and "compile" not in name]
-    assert names or case.op in ("adamw_ema_", "mixture_denoise")
+    assert names or case.op in ("adamw_ema_", "optimizer", "mixture_denoise")
     assert faults(case, names) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SMALL, ids=named)
+@pytest.mark.parametrize("case", [case for case in SMALL if case.op != "optimizer"], ids=named)
 def test_compiled_rivals_compute_the_same(case):
     torch.compiler.reset()
     names = [name for name in case.variants if "compile" in name]
