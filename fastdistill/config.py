@@ -189,6 +189,9 @@ class ParallelSettings(_Settings):
     all."""
     largest_unit: PositiveInt = 400_000_000
     """Parameters that are gathered together at most."""
+    resident_roles: tuple[Literal["student", "critic", "discriminator"], ...] = ()
+    """Roles whose gathered weights stay in mode fsdp too, where memory allows: the student's are
+    then gathered once an update of it, and not for every batch of the critic's."""
     teacher: Literal["replicated", "sharded"] = "replicated"
     """The frozen teacher whole on every process, or sharded where it does not fit."""
     checkpoint_blocks: bool = False

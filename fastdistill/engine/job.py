@@ -207,7 +207,9 @@ class Job:
         mode = settings.mode
         if mode == "auto":
             mode = Parallel.fitting(ranks, objective.student)
-        return Parallel(ranks, mode, settings.shards, settings.largest_unit)
+        return Parallel(
+            ranks, mode, settings.shards, settings.largest_unit, settings.resident_roles
+        )
 
     def _trainer(
         self, stage: str, objective: Objective, settings: TrainingSettings, log: RunLog | None

@@ -298,7 +298,7 @@ class Trainer:
                 "rounded to nearest when they are gathered from float32 shards: turn it off"
             )
         arena = self.parallel.arena(
-            module, compute_dtype=low, averages=int(is_student), moments=settings.moments
+            module, role, compute_dtype=low, averages=int(is_student), moments=settings.moments
         )
         return OptimizerStep(
             arena,

@@ -42,6 +42,9 @@ class Parallel:
     the shards (HSDP), whose weights are gathered within one node, say."""
     largest_unit: int = LARGEST_UNIT
     """Bound of the parameters that are gathered together."""
+    resident_roles: tuple[str, ...] = ()
+    """Roles whose gathered weights stay in mode fsdp too, as the student's from one of its updates
+    to the next, where memory allows."""
 
     def __post_init__(self) -> None:
         if self.mode == "single" and self.ranks.size > 1:
@@ -66,6 +69,7 @@ class Parallel:
     def arena(
         self,
         module: nn.Module,
+        role: str,
         *,
         compute_dtype: torch.dtype | None = None,
         averages: int = 0,
@@ -75,6 +79,7 @@ class Parallel:
 
         Args:
             module: the network in float32, or a denoiser with it, alike on all ranks.
+            role: what it is in the run, as student.
             compute_dtype: dtype that its forwards compute in; float32 if None.
             averages: number of moving averages of its weights.
             moments: float32 or 8bit.
@@ -85,7 +90,7 @@ class Parallel:
         self.check_alike(module)
         if self.mode == "single":
             return Arena(module, compute_dtype=compute_dtype, averages=averages, moments=moments)
-        resident = self.mode == "resident"
+        resident = self.mode == "resident" or role in self.resident_roles
         self.shard(module, resident=resident, compute_dtype=compute_dtype)
         return ShardedArena(module, prefetch=resident, averages=averages, moments=moments)
 

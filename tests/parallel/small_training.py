@@ -43,6 +43,7 @@ class Setup:
     shards: int | None = None
     steps: int = 200
     overrides: tuple[str, ...] = ()
+    resident_roles: tuple[str, ...] = ()
     shards_teacher: bool = False
     recomputes: bool = False
 
@@ -61,7 +62,7 @@ def make_trainer(ranks: Ranks, setup: Setup, folder: Path | None = None, **optio
     objective = make_objective(recipe, teacher)
     for denoiser in (objective.student, objective.critic):
         denoiser.network.level.requires_grad_(False)
-    parallel = Parallel(ranks, setup.mode, setup.shards, LARGEST_UNIT)
+    parallel = Parallel(ranks, setup.mode, setup.shards, LARGEST_UNIT, setup.resident_roles)
     if setup.shards_teacher:
         parallel.shard(objective.teacher)
     if setup.recomputes:

@@ -284,7 +284,7 @@ def begin_differently(ranks: Ranks) -> str:
     if ranks.rank == 1:
         net.blocks[1].norm.bias.data[3] += 1e-7
     with pytest.raises(ValueError, match="rank 1 has other weights") as error:
-        Parallel(ranks, "resident").arena(net)
+        Parallel(ranks, "resident").arena(net, "student")
     return str(error.value)
 
 

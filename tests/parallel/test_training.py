@@ -179,6 +179,9 @@ def test_fsdp_gathers_for_every_forward_and_backward():
     overrides = ("objective.divergence=reverse_kl", "objective.gan_weight=0.0")
     counts = run_ranks(2, exchanges, Setup("fsdp", overrides=overrides))[0]
     assert counts == {"_allgather_base_": 17 + 6, "_reduce_scatter_base_": 12, "allreduce_": 6}
+    kept = Setup("fsdp", overrides=overrides, resident_roles=("student",))
+    counts = run_ranks(2, exchanges, kept)[0]
+    assert counts["_allgather_base_"] == 12 + 6
 
 
 MODES = {
