@@ -5,12 +5,17 @@ two threads spin for each other; tests of threading ask for two themselves.
 
 The interpreter is chosen when `@triton.jit` runs, so the variable is set before any kernel is
 imported; `tests/kernels/test_ahead_of_time.py` compiles in processes of its own.
+
+`bench` is imported from the checkout: it is not part of the package.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

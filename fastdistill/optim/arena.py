@@ -317,6 +317,15 @@ def arena_roles(
     return roles | ({"copy": low.pop()} if low else {})
 
 
+def arena_bytes(layout: Layout, roles: Mapping[str, torch.dtype]) -> dict[str, int]:
+    """Bytes that each role takes on one rank, scales of 8-bit moments included."""
+    scales = layout.size // MOMENT_BLOCK * torch.float32.itemsize
+    return {
+        role: count + (scales if roles[role] == torch.uint8 else 0)
+        for role, count in layout.bytes_per_rank(roles).items()
+    }
+
+
 def trainable_parameters(
     module: nn.Module | Sequence[tuple[str, Tensor]],
 ) -> list[tuple[tuple[str, ...], Tensor]]:
