@@ -23,6 +23,7 @@ def named(case):
 
 
 def faults(case, names):
+    torch.manual_seed(20_261_124)  # torch's noise must not be the numbers that inputs are made of
     return prove(case, names, DEVICE)
 
 

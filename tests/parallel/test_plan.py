@@ -131,7 +131,7 @@ def taken(ranks: Ranks, mode: Mode, moments: Any) -> tuple[dict[str, int], list[
     """Bytes of the arena, of each unit's gathered weights, and of gradients that FSDP2 keeps."""
     net = network()
     parallel = Parallel(ranks, mode, largest_unit=SMALL_UNIT)
-    arena = parallel.arena(net, compute_dtype=BF16, averages=1, moments=moments)
+    arena = parallel.arena(net, "student", compute_dtype=BF16, averages=1, moments=moments)
     arena.reduce_gradients(False)
     loss = net(torch.zeros(3, 5, dtype=BF16)).sum()
     modules = [part for part in net.modules() if isinstance(part, FSDPModule)]
