@@ -229,8 +229,10 @@ def test_a_group_with_a_slash_in_its_name_is_refused(store):
         store.save("distill", 1, {"a/b": {}}, {})
 
 
-def test_latest_always_points_to_a_whole_checkpoint(store, monkeypatch):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_latest_always_points_to_a_whole_checkpoint(store, monkeypatch, keep):
     """Looked at before and after every change of a name, with steps repeated and in disorder."""
+    store.keep = keep
     latest, broken = store.folder / "latest", []
 
     def watched(change):
