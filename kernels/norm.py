@@ -21,9 +21,10 @@ from fastdistill.kernels._sample import arrive_last, check_storage, on_device_of
 
 _PROGRAMS = tl.constexpr(1_024)
 _BLOCK_BYTES = 8_192  # four 128-bit loads a thread
+_TAIL = tl.constexpr(16)  # what is left over by a multiple of it is read element by element
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "rest"])
 def _squares_kernel(
     value_ptr,
     partial_ptr,
@@ -43,11 +44,16 @@ def _squares_kernel(
         x = tl.load(pointer).to(tl.float32).reshape([BLOCK // VECTOR, VECTOR])
         total += tl.sum(x * x, axis=1)  # within a thread: a quarter of the registers or less
         pointer += programs.to(tl.int64) * BLOCK
+    last = tl.full([], 0.0, tl.float32)
     if program == programs - 1:  # the `rest` < BLOCK elements behind the last block
-        x = tl.load(value_ptr + blocks.to(tl.int64) * BLOCK + lanes, mask=lanes < rest, other=0.0)
+        tail_ptr, wide = value_ptr + blocks.to(tl.int64) * BLOCK, rest // _TAIL * _TAIL
+        x = tl.load(tail_ptr + lanes, mask=lanes < wide, other=0.0)
         x = x.to(tl.float32).reshape([BLOCK // VECTOR, VECTOR])
         total += tl.sum(x * x, axis=1)
-    tl.store(partial_ptr + program, tl.sum(total))
+        few = tl.arange(0, _TAIL)
+        x = tl.load(tail_ptr + wide + few, mask=few < rest - wide, other=0.0).to(tl.float32)
+        last = tl.sum(x * x)
+    tl.store(partial_ptr + program, tl.sum(total) + last)
 
     # out = sum of the partial sums
     if arrive_last(ticket_ptr):

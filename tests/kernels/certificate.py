@@ -51,7 +51,6 @@ LOOP_NUMBERS = 12  # coefficients and partial sums of a kernel with a loop
 CODES = "8-bit moments come 8 bytes a thread, whose 8 neighbours are 128 bits of 16-bit numbers"
 # Kernels or cases whose narrow accesses to something large are meant, and why.
 NARROW = {
-    "norm_of_any_length": "the last, incomplete block of a range, once",
     "adamw_codes": CODES,
     "adamw_codes_stochastic_ranges": CODES,
     "_coefficients_kernel": "partial products: a warp reads 256 contiguous bytes, 8 a thread",
@@ -119,7 +118,6 @@ def _all_cases() -> Iterator[Case]:
         for dtype in DTYPES:
             yield Case("uniform", target, "DiT-256", dtype)
             yield Case("norm", target, "-", dtype)
-            yield Case("norm_of_any_length", target, "-", dtype)
             yield from (Case(op, target, "-", dtype) for op in UPDATES)
             yield from (Case("gaussian", target, size, dtype) for size in BASES)
         yield Case("gaussian", target, "12288x256", "float32", "bfloat16")
@@ -273,8 +271,6 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
             basis = meta(elements, directions, dtype=raw_dtype)
             gaussian.gaussian_transport(*flat, basis, meta(64), *one, *other)
         case "norm":
-            norm.sum_of_squares(meta(2**24 + 16, dtype=dtype), meta(1, dtype=torch.int32))
-        case "norm_of_any_length":
             norm.sum_of_squares(meta(2**24 + 5, dtype=dtype), meta(1, dtype=torch.int32))
         case "adamw":
             update()
