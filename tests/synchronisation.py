@@ -1,7 +1,7 @@
 """Catches what makes the host wait for a device, on a machine that has none.
 
-    with no_synchronisation():
-        optimizer.step()
+with no_synchronisation():
+    optimizer.step()
 """
 
 from __future__ import annotations

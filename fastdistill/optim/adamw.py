@@ -24,14 +24,17 @@ class ArenaAdamW(torch.optim.Optimizer):
     One launch reads the gradients' norm, one does the rest: unscaling for a
     `torch.amp.GradScaler`, clipping, AdamW, moving averages and the cast of low-precision weights.
     Nothing waits for the host. In float32 the weights are bitwise those of
-    ``torch.optim.AdamW(..., fused=True)`` on a CPU.
+    ``torch.optim.AdamW(..., fused=True)`` on a CPU, but for what torch's vectors leave over at the
+    end of a parameter (its elements modulo 16): these, and those of torch's foreach AdamW, are
+    within an ulp an update of the numbers that are added.
 
     The parameters are moved into an `Arena` when the optimizer is made, so make it after
     ``module.to(...)`` and before a graph or a CUDA graph holds their addresses. bfloat16 and
     float16 parameters get float32 master weights, which follow weights that are loaded into the
-    network later (`Arena.collect_weights`). What differs from torch: an update whose gradient is
-    not finite is skipped (and counted, without a GradScaler too); a parameter that got no gradient
-    counts as having a zero one; `zero_grad` clears the gradients in place.
+    network later (`Arena.collect_weights`). What differs from torch: an update whose gradient, or
+    the square of its norm, is not finite is skipped (and counted, without a GradScaler too); a
+    parameter that got no gradient counts as having a zero one; `zero_grad` clears the gradients in
+    place.
 
     Args:
         params: parameters, parameter groups, (name, parameter) pairs, or an `Arena`, each of whose
