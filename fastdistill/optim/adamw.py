@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fastdistill.ops import adamw_ema_, sum_of_squares
+from fastdistill.ops.adamw import MOST_GROUPS
 from fastdistill.optim.arena import Arena, Moments
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,13 +24,17 @@ class ArenaAdamW(torch.optim.Optimizer):
     One launch reads the gradients' norm, one does the rest: unscaling for a
     `torch.amp.GradScaler`, clipping, AdamW, moving averages and the cast of low-precision weights.
     Nothing waits for the host. In float32 the weights are bitwise those of
-    ``torch.optim.AdamW(..., fused=True)`` on a CPU.
+    ``torch.optim.AdamW(..., fused=True)`` on a CPU, but for what torch's vectors leave over at the
+    end of a parameter (its elements modulo 16): these, and those of torch's foreach AdamW, are
+    within an ulp an update of the numbers that are added.
 
     The parameters are moved into an `Arena` when the optimizer is made, so make it after
     ``module.to(...)`` and before a graph or a CUDA graph holds their addresses. bfloat16 and
-    float16 parameters get float32 master weights. What differs from torch: an update whose gradient
-    is not finite is skipped (and counted, without a GradScaler too); a parameter that got no
-    gradient counts as having a zero one; `zero_grad` clears the gradients in place.
+    float16 parameters get float32 master weights, which follow weights that are loaded into the
+    network later (`Arena.collect_weights`). What differs from torch: an update whose gradient, or
+    the square of its norm, is not finite is skipped (and counted, without a GradScaler too); a
+    parameter that got no gradient counts as having a zero one; `zero_grad` clears the gradients in
+    place.
 
     Args:
         params: parameters, parameter groups, (name, parameter) pairs, or an `Arena`, each of whose
@@ -60,6 +65,7 @@ class ArenaAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
+    found_inf: Tensor
 
     def __init__(
         self,
@@ -96,12 +102,15 @@ class ArenaAdamW(torch.optim.Optimizer):
             "fused": fused,
         }
         self._arena: Arena | None = None
-        if isinstance(params, Arena):
-            super().__init__(_groups_of(params), defaults)
+        super().__init__(_groups_of(params) if isinstance(params, Arena) else params, defaults)
+        _check_numbers(self.param_groups)
+        _check_options(self.param_groups)
+        if not isinstance(params, Arena):
+            self._arena = _make_arena(self.param_groups, gradient_dtype, len(ema_decays), moments)
+        elif gradient_dtype is None and moments == "float32":
             self._arena = params
         else:
-            super().__init__(params, defaults)
-            self._arena = _make_arena(self.param_groups, gradient_dtype, len(ema_decays), moments)
+            raise ValueError("gradient_dtype and moments are the arena's; pass them to Arena")
         if len(ema_decays) != len(self.arena.averages):
             raise ValueError(
                 f"there are {len(ema_decays)} ema_decays, but the arena has "
@@ -112,9 +121,15 @@ class ArenaAdamW(torch.optim.Optimizer):
         self.ema_decays = tuple(ema_decays)
         self.squared_norm: Tensor | None = None
         """Squared norm of the last update's gradients, as they were stored, on the device."""
+        self._scale: Tensor | None = None
         self._starts, self._groups = self.arena.layout.ranges()
-        self._check_options()
         self._make_state(seed, stochastic_rounding)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ValueError(
+            "an ArenaAdamW cannot be copied or pickled, since its state is a network's memory; "
+            "load its state_dict into one that is made for the other network"
+        )
 
     @property
     def arena(self) -> Arena:
@@ -129,10 +144,11 @@ class ArenaAdamW(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global norm of the last update's gradients before clipping, on the device."""
+        """Global norm of the last update's gradients before clipping, unscaled, on the device."""
         if self.squared_norm is None:
             raise ValueError("no update was done yet")
-        return self.squared_norm.sqrt()
+        norm = self.squared_norm.sqrt()
+        return norm if self._scale is None else norm / self._scale
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -161,7 +177,8 @@ class ArenaAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: where a parameter that was frozen when the optimizer was made has a
-                gradient.
+                gradient, a weight became another dtype, device or shape, or the groups were given
+                options that are not supported.
         """
         loss = None
         if closure is not None:
@@ -169,9 +186,10 @@ class ArenaAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_strangers()
         arena, ranges = self.arena, self.arena.ranges
+        hyper_parameters = self._hyper_parameters()
         arena.collect_gradients()
-        self.squared_norm = sum_of_squares(ranges["gradient"], ticket=self._ticket)
-        arena.sum_over_shards_(self.squared_norm)
+        arena.collect_weights()
+        self._measure_gradients()
         for key in (self._copy_key, self._moment_key):
             if key is not None:
                 key[2].copy_(self._step)
@@ -183,10 +201,10 @@ class ArenaAdamW(torch.optim.Optimizer):
             self._step,
             starts=self._starts,
             groups=self._groups,
-            **self._hyper_parameters(),
+            **hyper_parameters,
             squared_norm=self.squared_norm,
             max_norm=self.max_norm,
-            grad_scale=getattr(self, "grad_scale", None),
+            grad_scale=self._scale,
             emas=[ranges[role] for role in arena.averages],
             ema_decays=self.ema_decays,
             ema_warmup=self.ema_warmup,
@@ -197,7 +215,17 @@ class ArenaAdamW(torch.optim.Optimizer):
             moment_key=self._moment_key,
             counters=self._counters,
         )
+        arena.mark_written()
         return loss
+
+    def _measure_gradients(self) -> None:
+        """Squared norm of the gradients, infinite where a GradScaler found what is not finite."""
+        self.squared_norm = sum_of_squares(self.arena.ranges["gradient"], ticket=self._ticket)
+        self._scale = getattr(self, "grad_scale", None)
+        found = getattr(self, "found_inf", None)
+        if isinstance(found, Tensor):
+            self.squared_norm.masked_fill_(found.bool(), torch.inf)
+        self.arena.sum_over_shards_(self.squared_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients in place, in one launch; they stay views of the arena either way."""
@@ -212,52 +240,51 @@ class ArenaAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.AdamW`` has it, in its format, and more where there is more.
 
-        A parameter's state are its ``step`` (one tensor for all), ``exp_avg`` and ``exp_avg_sq``
-        (in float32 where they are kept in 8 bits), ``ema_0`` ... and, of a low-precision
-        parameter, the ``master`` weights.
+        A parameter's state are its ``step``, ``exp_avg`` and ``exp_avg_sq`` (in float32 where they
+        are kept in 8 bits), ``ema_0`` ... and, in a low-precision network, the ``master`` weights.
         """
-        arena, state_dict = self.arena, super().state_dict()
-        if arena.scales:
-            places = dict(zip(self._all_parameters(), _numbers(state_dict), strict=True))
-            own = [state_dict["state"][places[parameter]] for parameter in arena.parameters]
-            for role in _MOMENTS:
-                decoded = arena.named(arena.decoded(role)).values()
-                own = [state | {role: part} for state, part in zip(own, decoded, strict=True)]
-            numbers = [places[parameter] for parameter in arena.parameters]
-            state_dict["state"] = dict(zip(numbers, own, strict=True))
+        arena = self.arena
+        arena.collect_weights()
+        state_dict = super().state_dict()
+        places = dict(zip(self._all_parameters(), _numbers(state_dict), strict=True))
+        # torch counts each parameter's step up by itself: one tensor for all would count them all.
+        steps = self._step.expand(len(places)).clone().unbind()
+        moments = {role: arena.named(arena.decoded(role)) for role in _MOMENTS}
+        for name, parameter, step in zip(arena.names, arena.parameters, steps, strict=False):
+            own = {"step": step} | {role: views[name] for role, views in moments.items()}
+            state_dict["state"][places[parameter]] = self.state[parameter] | own
         return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy in what `state_dict` or ``torch.optim.AdamW.state_dict`` gave.
 
-        Moving averages that it lacks begin at the weights.
+        Moving averages that it lacks begin at the weights. Master weights that it has become those
+        of a low-precision network. Nothing is changed where it raises.
 
         Raises:
             ValueError: for other parameter groups or shapes, options that are not supported, and
                 parameters with different numbers of updates.
         """
-        groups = state_dict["param_groups"]
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self._check_options()
-        self._expose_state()
+        arena, groups = self.arena, state_dict["param_groups"]
+        _check_sizes(self.param_groups, groups)
+        _check_options(groups)
         saved = dict(zip(self._all_parameters(), _numbers(state_dict), strict=True))
-        states = [state_dict["state"].get(saved[value], {}) for value in self.arena.parameters]
-        steps = {float(state["step"]) for state in states if "step" in state}
-        if len(steps) > 1:
-            raise ValueError(
-                f"parameters have done {sorted(steps)} updates; ArenaAdamW has one count for all"
-            )
-        self._step.fill_(steps.pop() if steps else 0.0)
-        masters = [state.get("master") for state in states]
-        if "copy" in self.arena.ranges and all(value is not None for value in masters):
-            self.arena.load("parameter", masters)
-            self.arena.recast()
-        self.arena.restart_averages()
-        for role in (*_MOMENTS, *self.arena.averages):
-            tensors = [state.get(role) for state in states]
-            if role in _MOMENTS or any(value is not None for value in tensors):
-                self.arena.load(role, tensors)
+        states = [state_dict["state"].get(saved[value], {}) for value in arena.parameters]
+        _check_shapes(arena, states)
+        done = _common_step(states)
+        arena.collect_weights()
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._expose_state()
+        self._step.fill_(done)
+        for role in _MOMENTS:
+            arena.load(role, [state.get(role) for state in states])
+        weights = arena.views("parameter")
+        if "copy" in arena.ranges:
+            arena.load("parameter", _chosen(states, "master", weights))
+            arena.recast()
+        for role in arena.averages:
+            arena.load(role, _chosen(states, role, weights))
 
     def _all_parameters(self) -> list[Tensor]:
         return [value for group in self.param_groups for value in group["params"]]
@@ -265,6 +292,7 @@ class ArenaAdamW(torch.optim.Optimizer):
     def _hyper_parameters(self) -> dict[str, Any]:
         """What the groups say now, as schedulers may have changed it."""
         groups = self.param_groups
+        _check_options(groups)
         first = groups[0]
         lrs = [group["lr"] for group in groups]
         shared: dict[str, Any] = {"betas": first["betas"], "eps": first["eps"]}
@@ -286,18 +314,6 @@ class ArenaAdamW(torch.optim.Optimizer):
                     "when the optimizer was made; make a new ArenaAdamW after unfreezing"
                 )
 
-    def _check_options(self) -> None:
-        for group in self.param_groups:
-            for name in ("amsgrad", "maximize", "differentiable"):
-                if group.get(name):
-                    raise ValueError(f"{name} is {group[name]}; ArenaAdamW supports only False")
-            for name in ("betas", "eps"):
-                if group[name] != self.param_groups[0][name]:
-                    raise ValueError(
-                        f"groups differ in {name}: {group[name]} and "
-                        f"{self.param_groups[0][name]}; expected one value, or one optimizer each"
-                    )
-
     def _make_state(self, seed: int, stochastic_rounding: bool) -> None:
         """Device scalars, and torch's per-parameter state as views of the arena."""
         arena = self.arena
@@ -305,10 +321,12 @@ class ArenaAdamW(torch.optim.Optimizer):
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int32, device=device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        if stochastic_rounding and "copy" not in arena.ranges:
+        dtype = arena.ranges.get("copy", arena.ranges["parameter"]).dtype
+        if stochastic_rounding and dtype != torch.bfloat16:
             raise ValueError(
-                "stochastic_rounding rounds bfloat16 weights, but the network computes in float32"
+                f"stochastic_rounding rounds bfloat16 weights, but the network computes in {dtype}"
             )
+        arena.stochastic_rounding = stochastic_rounding
         self._copy_key = self._key(seed, "arena-copy") if stochastic_rounding else None
         self._moment_key = self._key(seed, "arena-moments") if arena.scales else None
         held = set(arena.parameters)
@@ -330,6 +348,71 @@ class ArenaAdamW(torch.optim.Optimizer):
         """A noise key whose step is written on the device; each shard has its own numbers."""
         number = zlib.crc32(f"{stream}-{self.arena.shard}".encode())
         return torch.tensor([seed, number, 0], dtype=torch.int64, device=self.arena.device)
+
+
+def _check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for hyper-parameters that torch refuses too."""
+    for group in groups:
+        for name in ("lr", "eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name} is {group[name]}; expected 0 or more")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas are {group['betas']}; expected numbers from 0 and below 1")
+
+
+def _check_options(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for what torch's AdamW can do and this one cannot."""
+    if len(groups) > MOST_GROUPS:
+        raise ValueError(
+            f"there are {len(groups)} parameter groups; expected at most {MOST_GROUPS}: put "
+            "parameters that share lr and weight_decay into one group"
+        )
+    for group in groups:
+        for name in ("amsgrad", "maximize", "differentiable"):
+            if group.get(name):
+                raise ValueError(f"{name} is {group[name]}; ArenaAdamW supports only False")
+        for name in ("betas", "eps"):
+            if group[name] != groups[0][name]:
+                raise ValueError(
+                    f"groups differ in {name}: {group[name]} and {groups[0][name]}; expected one "
+                    "value, or one optimizer each"
+                )
+
+
+def _check_sizes(own: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for the state of an optimizer with other parameter groups."""
+    found, expected = ([len(group["params"]) for group in groups] for groups in (given, own))
+    if found != expected:
+        raise ValueError(
+            f"the state's groups have {found} parameters; expected {expected}, as this optimizer's"
+        )
+
+
+def _check_shapes(arena: Arena, states: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for the state of other parameters."""
+    roles = (*_MOMENTS, "master", *arena.averages)
+    for name, parameter, state in zip(arena.names, arena.parameters, states, strict=True):
+        for role in roles:
+            if role in state and state[role].shape != parameter.shape:
+                raise ValueError(
+                    f"{role} of {name} has shape {tuple(state[role].shape)}; expected "
+                    f"{tuple(parameter.shape)}"
+                )
+
+
+def _common_step(states: Sequence[Mapping[str, Any]]) -> float:
+    """The number of updates that all parameters have done; 0 where no state says one."""
+    steps = {float(state["step"]) for state in states if "step" in state}
+    if len(steps) > 1:
+        raise ValueError(
+            f"parameters have done {sorted(steps)} updates; ArenaAdamW has one count for all"
+        )
+    return steps.pop() if steps else 0.0
+
+
+def _chosen(states: Sequence[Mapping[str, Any]], key: str, default: Sequence[Tensor]) -> list:
+    """What each state has under a key, or else its default."""
+    return [state.get(key, own) for state, own in zip(states, default, strict=True)]
 
 
 def _numbers(state_dict: Mapping[str, Any]) -> list[int]:

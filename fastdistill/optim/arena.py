@@ -50,6 +50,9 @@ class Arena:
             device, of dtypes that have no master weights, or sharded already.
     """
 
+    stochastic_rounding = False
+    """Whether the copy is rounded stochastically, and may be either neighbour of its master."""
+
     def __init__(
         self,
         module: nn.Module | Sequence[tuple[str, Tensor]],
@@ -184,9 +187,24 @@ class Arena:
 
     @torch.no_grad()
     def recast(self) -> None:
-        """Let a low-precision network compute with the master weights, after those were set."""
-        if "copy" in self.ranges:
-            self.ranges["copy"].copy_(self.ranges["parameter"])
+        """Let a low-precision network compute with the master weights, after those were set.
+
+        A stochastically rounded weight stays where it may be the master's.
+        """
+        if "copy" not in self.ranges:
+            return
+        copy, master = self.ranges["copy"], self.ranges["parameter"]
+        if self.stochastic_rounding:
+            copy.copy_(torch.where(self._is_rounding(copy, master), copy, master))
+        else:
+            copy.copy_(master)
+
+    def _is_rounding(self, low: Tensor, master: Tensor) -> Tensor:
+        """Where low-precision weights are what their masters are, or may have been, rounded to."""
+        if not self.stochastic_rounding:
+            return low == master.to(low.dtype)
+        bits, exact = (value.view(torch.int32).long() for value in (low.float(), master))
+        return (bits - exact).abs() < 2**16
 
     @contextlib.contextmanager
     def showing(self, role: str) -> Iterator[None]:
@@ -195,6 +213,7 @@ class Arena:
         Nothing is copied where it computes in the masters' dtype; a low-precision network gets a
         cast of the role for the time being.
         """
+        self.collect_weights()
         self._show(role)
         try:
             yield
@@ -211,6 +230,43 @@ class Arena:
             low = copy if role == "parameter" else flat.to(copy.dtype)
         for name, parameter, dtype in zip(self.names, self.parameters, self._dtypes, strict=True):
             parameter.data = self.view(name, flat if dtype == flat.dtype else low)
+        self._seen = self._look()
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        """Where the weights lie and, if some are low-precision, how often each was written."""
+        places = [parameter.data_ptr() for parameter in self.parameters]
+        low = "copy" in self.ranges
+        return places, [parameter._version for parameter in self.parameters] if low else []
+
+    @torch.no_grad()
+    def collect_weights(self) -> None:
+        """Bring weights that were written from outside into the masters.
+
+        These are weights that lie elsewhere, as after ``parameter.data = value``, and low-precision
+        weights that were written in place, as by ``module.load_state_dict``; a master stays where
+        the weight is a rounding of it. Where nothing was written this only looks. In low precision
+        it does not see what is written in place through ``parameter.data``.
+
+        Raises:
+            ValueError: for a weight that got another shape, dtype or device.
+        """
+        if self._look() == self._seen:
+            return
+        for name, parameter, dtype in zip(self.names, self.parameters, self._dtypes, strict=True):
+            master = self.view(name, self.ranges["parameter"])
+            _check_taken(name, parameter, master, dtype)
+            if dtype == master.dtype:
+                master.copy_(parameter)
+            else:
+                kept = self._is_rounding(parameter, master)
+                master.copy_(torch.where(kept, master, parameter))
+                self.view(name, self.ranges["copy"]).copy_(parameter)
+        self._show("parameter")
+
+    def mark_written(self) -> None:
+        """Count an update as a write in place, so that autograd refuses graphs from before it."""
+        torch.autograd.graph.increment_version(self.parameters)
+        self._seen = self._look()
 
     def attach_gradients(self) -> None:
         """Make the gradients views of the arena, where they are not."""
@@ -360,6 +416,18 @@ def _check(named: Sequence[tuple[tuple[str, ...], Tensor]]) -> None:
         raise ValueError(
             f"parameters are {', '.join(sorted(map(str, dtypes)))}; expected float32, bfloat16 or "
             "float16, of which float32 and one other may be mixed, or float64 alone"
+        )
+
+
+def _check_taken(name: str, parameter: Tensor, master: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a weight that lies elsewhere may be copied into the arena."""
+    found = tuple(parameter.shape), parameter.dtype, parameter.device
+    expected = tuple(master.shape), dtype, master.device
+    if found != expected:
+        raise ValueError(
+            f"{name} became {found[1]} of shape {found[0]} on {found[2]}; expected {expected[1]} "
+            f"of shape {expected[0]} on {expected[2]} as in the arena: make a new one after "
+            "changing a network"
         )
 
 

@@ -199,6 +199,12 @@ class ShardedArena(Arena):
             elif gradient.to_local().data_ptr() != view.data_ptr():
                 view.copy_(gradient.to_local())
 
+    def collect_weights(self) -> None:
+        """Nothing: FSDP2 keeps its shards in the masters' dtype and place."""
+
+    def mark_written(self) -> None:
+        """Nothing: FSDP2 gathers the weights of a graph for its backward."""
+
     def zero_gradients(self) -> None:
         """Forget all gradients; what is reduced next overwrites the range."""
         self.attach_gradients()

@@ -6,13 +6,11 @@ import copy
 import os
 import re
 import signal
-from typing import ClassVar
 
 import pytest
 import torch
 from small import small_recipe
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from synchronisation import no_synchronisation
 
 from fastdistill.data import InMemoryData, digits
 from fastdistill.engine.checkpoint import CheckpointStore
@@ -152,36 +150,8 @@ def test_accumulation_of_two_halves_is_one_batch_up_to_rounding():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-7)
 
 
-class _NoSynchronisation(TorchFunctionMode):
-    """Raises where Python reads a tensor's value, which makes the host wait for a GPU."""
-
-    names: ClassVar[set[str]] = {
-        *("item", "tolist", "cpu", "numpy", "nonzero", "equal", "is_nonzero", "unique"),
-        *("__bool__", "__float__", "__int__", "__index__", "masked_select", "allclose"),
-        *("_local_scalar_dense", "__contains__", "bincount"),
-    }
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.names:
-            raise AssertionError(f"host synchronisation: {function.__name__}")
-        return function(*args, **(kwargs or {}))
-
-
-class _NoScalarRead(TorchDispatchMode):
-    """Raises where C++ reads a value on somebody's behalf, as boolean indexing does."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
-            raise AssertionError(f"host synchronisation: {name}")
-        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
-        if any(value is not None and value.dtype == torch.bool for value in indices):
-            raise AssertionError("host synchronisation: boolean index")
-        return function(*args, **(kwargs or {}))
-
-
 def run_without_synchronisation(made: Trainer, steps: int) -> None:
-    with _NoSynchronisation(), _NoScalarRead():
+    with no_synchronisation():
         for _ in range(steps):
             made.update()
 
