@@ -131,11 +131,12 @@ def test_equal_pieces_are_written_once_and_by_ranks_in_turn(saved, name):
     for file in sorted((saved / name).glob("distill-*/shard-*")):
         with safe_open(file, "pt") as shard:
             layout = json.loads(shard.metadata()["DCP_SHARDING_INFO"])
-            written += [(key, *layout[key]["saved_offsets"]) for key in shard.keys()]
-            bytes_by_rank.append(sum(shard.get_tensor(key).nbytes for key in shard.keys()))
+            sizes = {key: shard.get_tensor(key).nbytes for key in layout}
+        written += [(key, *layout[key]["saved_offsets"]) for key in sizes if sizes[key]]
+        bytes_by_rank.append(sum(sizes.values()))
     assert len(bytes_by_rank) == int(name[0])
     assert len(set(written)) == len(written)
-    assert min(bytes_by_rank) > 0.3 * max(bytes_by_rank)
+    assert min(bytes_by_rank) > 0.25 * max(bytes_by_rank)
 
 
 def save_a_partial(ranks, folder):
