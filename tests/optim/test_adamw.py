@@ -264,6 +264,35 @@ def test_an_optimizer_can_be_given_its_own_state(options):
     assert_bitwise(mine, theirs)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_loaded_state_is_shown_and_saved_as_it_was(options):
+    """Masters bring their low-precision weights along; float32 weights are the network's own."""
+    whole, again = made(options), made(options, seed=1)
+    update(whole, 0)
+    again.load_state_dict(copy.deepcopy(whole.state_dict()))
+    if OPTIONS[options][0] == BF16:
+        for mine, theirs in zip(owned(again), owned(whole), strict=True):
+            assert torch.equal(mine, again.state[mine]["master"].bfloat16())
+            assert torch.equal(again.state[mine]["master"], whole.state[theirs]["master"])
+    expected = whole.state_dict()["state"]
+    for number, state in again.state_dict()["state"].items():
+        assert state.keys() == expected[number].keys()
+        assert all(torch.equal(value, expected[number][key]) for key, value in state.items())
+
+
+def test_the_state_has_weights_that_were_just_loaded_into_the_network():
+    mine = made("bfloat16")
+    update(mine, 0)
+    for value in weights(mine):
+        value.fill_(5.0)
+    assert all(state["master"].eq(5).all() for state in mine.state_dict()["state"].values())
+    for value in weights(mine):
+        value.fill_(6.0)
+    masterless = torch.optim.AdamW(groups(parameters())).state_dict()
+    mine.load_state_dict(masterless)
+    assert all(value.eq(6).all() for value in weights(mine))
+
+
 def test_each_parameter_has_a_step_of_its_own_in_the_state():
     """torch's optimizers count each up by itself, in place."""
     mine = made("float32")
@@ -499,7 +528,7 @@ def test_a_parameter_that_was_frozen_is_refused_once_it_has_a_gradient():
 
 
 def edited(edit: Callable[[dict], object]) -> dict:
-    optimizer = torch.optim.AdamW(many(2))
+    optimizer = torch.optim.AdamW(many(2), lr=0.5)
     update(optimizer, 0)
     state = optimizer.state_dict()
     edit(state)

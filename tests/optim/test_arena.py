@@ -152,7 +152,7 @@ def test_low_precision_weights_that_were_written_become_the_masters(stochastic):
     ulp = 2.0**-7
     with torch.no_grad():  # as it was, up, down, away from zero, to a neighbour of 0, far, NaN
         network.leave.bias.copy_(
-            torch.tensor([1.0, 1 + ulp, 1 - ulp, -1 - ulp, 1e-40, 4.0, float("nan")])
+            torch.tensor([1.0, 1 + ulp, 1 - ulp / 2, -1 - ulp, 1e-40, 4.0, float("nan")])
         )
     wanted = network.leave.bias.float()
     arena.collect_weights()
