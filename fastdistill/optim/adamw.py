@@ -34,7 +34,7 @@ class ArenaAdamW(torch.optim.Optimizer):
     network later (`Arena.collect_weights`). What differs from torch: an update whose gradient, or
     the square of its norm, is not finite is skipped (and counted, without a GradScaler too); a
     parameter that got no gradient counts as having a zero one; `zero_grad` clears the gradients in
-    place.
+    place unless told to drop them.
 
     Args:
         params: parameters, parameter groups, (name, parameter) pairs, or an `Arena`, each of whose
@@ -227,9 +227,19 @@ class ArenaAdamW(torch.optim.Optimizer):
             self.squared_norm.masked_fill_(found.bool(), torch.inf)
         self.arena.sum_over_shards_(self.squared_norm)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients in place, in one launch; they stay views of the arena either way."""
-        self.arena.zero_gradients()
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear all gradients.
+
+        Args:
+            set_to_none: False clears the arena's range in one launch, to which autograd then adds:
+                with float32 gradients 16 bytes a parameter are moved. True drops the gradients;
+                autograd makes new ones, which the update copies into the arena: 8 bytes, but some
+                launches more, and all gradients are there twice until the next call.
+        """
+        if set_to_none:
+            self.arena.drop_gradients()
+        else:
+            self.arena.zero_gradients()
 
     @contextlib.contextmanager
     def averaged(self, index: int = 0) -> Iterator[None]:

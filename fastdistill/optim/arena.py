@@ -301,6 +301,11 @@ class Arena:
         self.ranges["gradient"].zero_()
         self.attach_gradients()
 
+    def drop_gradients(self) -> None:
+        """Forget all gradients; `collect_gradients` takes in what autograd makes then."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Leave the parameters out of graphs that are built in this context."""

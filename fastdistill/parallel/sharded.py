@@ -182,11 +182,6 @@ class ShardedArena(Arena):
                 unit.show(flat)
         self._shown = role
 
-    def attach_gradients(self) -> None:
-        """Forget what was reduced, so that FSDP2 reduces into the arena anew."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Bring gradients that FSDP2 reduced elsewhere into the arena; missing ones are zero."""
@@ -207,7 +202,10 @@ class ShardedArena(Arena):
 
     def zero_gradients(self) -> None:
         """Forget all gradients; what is reduced next overwrites the range."""
-        self.attach_gradients()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
         for unit in self._moved or ():
             unit.landed = False
 

@@ -567,3 +567,18 @@ def test_an_optimizer_cannot_be_copied():
 def test_the_norm_of_no_update_is_not_known():
     with pytest.raises(ValueError, match="no update was done yet"):
         _ = ArenaAdamW(many(1)).grad_norm
+
+
+def test_dropped_gradients_are_none_and_taken_in_by_the_update():
+    ends = []
+    for drops in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+        optimizer = ArenaAdamW(network.parameters(), lr=1e-2)
+        for _ in range(3):
+            network(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=drops)
+            assert all((value.grad is None) == drops for value in network.parameters())
+        ends.append(optimizer.arena.ranges["parameter"])
+    assert torch.equal(*ends)
