@@ -34,7 +34,7 @@ def test_loss_and_gradient_are_those_of_the_formula(space):
     denoiser, at = Denoiser(Scaled(), EDM(), EDMPreconditioning()), batch()
     method = Denoising(denoiser, LogNormalSigma(), space)
     update = method.student_update(at, method.generate(at))
-    update.backward([denoiser.network.factor])
+    update.backward()
     sigma = LogNormalSigma().sample(EDM(), at.noise, "denoising-t", at.index)
     x_t = at.real + sigma.view(-1, 1) * at.noise.normal("denoising-noise", at.index, (3,))
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2 if space != X0() else torch.ones(256)
