@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastdistill.config import OptimizerSettings, TrainingSettings
-from fastdistill.data import InMemoryData
+from fastdistill.data import Data
 from fastdistill.diffusion import Noise
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
 from fastdistill.engine.folder import read_document
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         objective: Objective,
-        data: InMemoryData,
+        data: Data,
         settings: TrainingSettings,
         *,
         seed: int = 0,
@@ -254,17 +254,13 @@ class Trainer:
 
     def _batch(self, micro: int) -> Batch:
         settings, index = self.settings, self._index[micro]
-        whole = self.data.batch(
-            self.seed, self.step * settings.accumulation + micro, settings.batch_size
+        number = self.step * settings.accumulation + micro
+        real, condition, uncondition = self.data.batch(
+            self.seed, number, settings.batch_size, self._share
         )
-        real, labels = whole.samples[self._share], whole.labels
-        null = None
-        if labels is not None:
-            labels = labels[self._share]
-            null = torch.full_like(labels, self.data.classes)
         scale = 1 / (len(index) * settings.accumulation)
         shape, gather, share = self.data.shape, self.ranks.gather, self._share
-        return Batch(index, self.noise, scale, shape, real, labels, null, gather, share)
+        return Batch(index, self.noise, scale, shape, real, condition, uncondition, gather, share)
 
     def _split_batch(self) -> tuple[list[Tensor], slice]:
         """This rank's sample indices in each micro-batch, and where they are in it."""

@@ -138,7 +138,9 @@ def test_nothing_but_the_role_that_is_updated_receives_a_gradient():
     sample = method.generate(at)
     critics = [p for module in method.critic_modules().values() for p in module.parameters()]
     for value in critics:
-        value.requires_grad_(False)  # as the trainer freezes them, whose features the GAN term reads
+        value.requires_grad_(
+            False
+        )  # as the trainer freezes them, whose features the GAN term reads
     method.student_update(at, sample).backward()
     assert all(value.grad is not None for value in method.student.parameters())
     assert all(value.grad is None for value in (*critics, *method.teacher.parameters()))
