@@ -39,6 +39,8 @@ class DigitsNetwork(nn.Module):
         embedding: width of the embedding of noise level and class.
     """
 
+    _repeated_blocks = ("_Block",)
+
     def __init__(
         self,
         shape: tuple[int, ...] = (1, 8, 8),
