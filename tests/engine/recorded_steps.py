@@ -23,39 +23,53 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[tuple[Callable[..., Any], tuple, dict, list[Any]]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
         # A graph holds no copy from pageable memory, as torch.tensor([...]) on a GPU would make.
         assert name not in ("lift_fresh", "_local_scalar_dense", "nonzero"), name
-        for argument, value in zip(function._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for written in pytree.tree_leaves(value):
+        given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
+        for argument in function._schema.arguments:
+            # Exchanges between ranks do not say which tensors they write.
+            if function.namespace == "c10d" or getattr(argument.alias_info, "is_write", False):
+                for written in _tensors(given.get(argument.name)):
                     self._keep(written)
         results = function(*args, **kwargs)
         self.ops.append((function, args, kwargs, pytree.tree_leaves(results)))
         return results
 
-    def _keep(self, written: Any) -> None:
-        if isinstance(written, Tensor):
-            storage = written.untyped_storage()
-            if storage.data_ptr() not in self._before:
-                whole = written.new_empty(0).set_(storage)
-                self._before[storage.data_ptr()] = (whole, whole.clone())
+    def _keep(self, written: Tensor) -> None:
+        storage = written.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        if key not in self._before:
+            whole = written.new_empty(0).set_(storage)
+            self._before[key] = (whole, whole.clone())
 
     def take_back(self) -> None:
-        """Undo every write to memory that the step did not make itself."""
-        for whole, before in self._before.values():
+        """Undo every write."""
+        for whole, before in reversed(self._before.values()):
             whole.copy_(before)
 
     def run_again(self) -> None:
         for function, args, kwargs, results in self.ops:
             found = pytree.tree_leaves(function(*args, **kwargs))
             for mine, fresh in zip(results, found, strict=True):
-                if isinstance(mine, Tensor) and mine.data_ptr() != fresh.data_ptr():
+                if not isinstance(mine, Tensor):
+                    _wait(fresh)
+                elif mine.data_ptr() != fresh.data_ptr():
                     mine.copy_(fresh)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _wait(result: Any) -> None:
+    """Wait for an exchange between ranks, as the kernels after it do on a GPU's streams."""
+    if hasattr(result, "wait"):
+        result.wait()
 
 
 class RecordedCapture:
@@ -80,4 +94,3 @@ class RecordedCapture:
                 recorder.run_again()
 
         return replay
-

@@ -185,7 +185,9 @@ def test_sampling_between_steps_changes_nothing(captures):
 
 def test_batches_come_to_one_place():
     held = StaticBatch()
-    first, second = (RealBatch(torch.full((2, 3), x), {"a": torch.full((2,), x)}) for x in (1.0, 2.0))
+    first, second = (
+        RealBatch(torch.full((2, 3), x), {"a": torch.full((2,), x)}) for x in (1.0, 2.0)
+    )
     taken = held.take(first)
     again = held.take(second)
     assert again is taken
