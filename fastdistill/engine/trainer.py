@@ -106,7 +106,9 @@ class Trainer:
         self.optimizers = {role: self._optimizer(role) for role in self.modules}
         self.arenas = {role: step.arena for role, step in self.optimizers.items()}
         """The arena of each trained network."""
-        self._kept = self._untrained_state()
+        self._untrained = self._untrained_state()
+        rebuilt = self._rebuilt()
+        self._kept = {k: value for k, value in self._untrained.items() if k not in rebuilt}
         self.metrics = MetricBuffer(self.device, objective.noise_bins, self.ranks)
         self._index, self._share = self._split_batch()
         self._inputs = [StaticBatch() for _ in self._index]
@@ -238,7 +240,7 @@ class Trainer:
         arena = self.arenas["student"]
         weights = {
             name.removeprefix("student."): _whole(value)
-            for name, value in self._kept.items()
+            for name, value in self._untrained.items()
             if name.startswith("student.")
         }
         averages = arena.whole("ema_0")
@@ -311,6 +313,14 @@ class Trainer:
         }
         state = self.objective.state_dict()
         return {name: value for name, value in state.items() if name not in trained}
+
+    def _rebuilt(self) -> set[str]:
+        """Names of weights that whoever resumes has anyway, as the base of a LoRA student."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.objective.named_modules()
+            for name in getattr(module, "rebuilt", ())
+        }
 
     def _accumulate(
         self, role: str, make: Callable[..., Update], batch: Batch, sample: Tensor
