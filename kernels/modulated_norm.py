@@ -3,8 +3,8 @@
 The backward pass gives each program some tokens of one sample, one after the other, so that the
 sums over the tokens stay in registers; partial sums, one row a program, are added by torch.
 
-Bytes moved: forward x and h once, x' and y once; backward x', h and both gradients once, dx and dh
-once, and 3/16 of a float32 row a token or less of partial sums.
+Bytes moved: forward x and h once, x' and y once; backward x and h (or x') and both gradients once,
+dx and dh once, and 3/16 of a float32 row a token or less of partial sums.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def _modulated_norm_backward_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # x' = x + g h, or given,   n = (x' - mean) rstd
     # w = u f,   dx = rstd (w - mean(w) - n mean(w n)) + v,   dh = g dx
     # df = sum u n,   do = sum u,   dg = sum h dx,   over the tokens of this program
     sample, first, row, lanes = locate_tokens(tokens, ROWS, BLOCK)
@@ -98,7 +99,7 @@ def _modulated_norm_backward_kernel(
     factor = load_block(factor_ptr, sample * factor_stride, lanes, real)
     if PLUS_ONE:
         factor += 1.0
-    if dh_ptr is not None:
+    if gate_ptr is not None:
         gate = load_block(gate_ptr, sample * gate_stride, lanes, real)
     dgate = tl.zeros([BLOCK], tl.float32)
     dfactor = tl.zeros([BLOCK], tl.float32)
@@ -108,7 +109,11 @@ def _modulated_norm_backward_kernel(
         start = (row + k) * N
         mean = tl.load(mean_ptr + row + k, mask=first + k < tokens, other=0.0)
         rstd = tl.load(rstd_ptr + row + k, mask=first + k < tokens, other=0.0)
-        n = tl.where(real, (load_block(x_ptr, start, lanes, exists) - mean) * rstd, 0.0)
+        x = load_block(x_ptr, start, lanes, exists)
+        if residual_ptr is not None:
+            h = load_block(residual_ptr, start, lanes, exists)
+            x = (x + gate * h).to(x_ptr.dtype.element_ty).to(tl.float32)
+        n = tl.where(real, (x - mean) * rstd, 0.0)
         u = load_block(grad_y_ptr, start, lanes, exists)
         if dfactor_ptr is not None:
             dfactor += u * n
@@ -119,8 +124,8 @@ def _modulated_norm_backward_kernel(
             dx += load_block(grad_sum_ptr, start, lanes, exists)
         tl.store(dx_ptr + start + lanes, dx.to(dx_ptr.dtype.element_ty), mask=exists)
         if dgate_ptr is not None:
-            dgate += dx * load_block(residual_ptr, start, lanes, exists)
-        if dh_ptr is not None:
+            dgate += dx * h
+        if gate_ptr is not None:
             dh = (gate * dx).to(dh_ptr.dtype.element_ty)
             tl.store(dh_ptr + start + lanes, dh, mask=exists)
     if dfactor_ptr is not None:

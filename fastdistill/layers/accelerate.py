@@ -39,8 +39,9 @@ def patches() -> dict[str, Patch]:
     Raises:
         ModuleNotFoundError: without diffusers, whose layers the patches are for.
     """
-    found: tuple[Patch, ...] = ()
-    return {patch.name: patch for patch in found}
+    from fastdistill.layers import dit, joint
+
+    return {patch.name: patch for patch in (*dit.PATCHES, *joint.PATCHES)}
 
 
 class Accelerated:

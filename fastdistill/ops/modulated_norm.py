@@ -10,12 +10,14 @@ Backward, with u = dL/dy, v = dL/dx' that comes past the norm, f = 1 + scale or 
     dx = 1/sqrt(...) * (u f - mean(u f) - n mean(u f n)) + v,   dh = gate * dx
     dscale = sum u n,   dshift = sum u,   dgate = sum h dx   over the tokens (weight: samples too)
 
-Only inputs are kept, and mean and 1/sqrt(...) of each token; h is kept where the gate has a
-gradient. x' is rounded to the storage dtype before it is normalised, as the next layer sees it.
+Kept are inputs, and mean and 1/sqrt(...) of each token: x and h where the gate has a gradient, for
+which h is needed (x' is made again in registers), and x' alone where it has none. x' is rounded to
+the storage dtype before it is normalised, as the next layer sees it.
 
 Shapes: x, h [B, T, C]; scale, shift, gate [B, C] whose samples may lie apart, as chunks of one
-tensor do; weight, bias [C]. Bytes moved: forward x and h read, x' and y written; backward u, v, x'
-and h read, dx and dh written. All arithmetic is float32 whatever the storage (float64 for float64).
+tensor do; weight, bias [C]. Bytes moved: forward x and h read, x' and y written; backward u, v, x
+and h (or x') read, dx and dh written. All arithmetic is float32 whatever the storage (float64 for
+float64 storage).
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ class Normed(NamedTuple):
     """Normalised and modulated, in the dtype of x  # [B, T, C]"""
 
 
+def _add(x: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * h, in the dtype of x."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h = residual.to(compute)
+    return (x.to(compute) + (h if gate is None else wide(gate, compute) * h)).to(x.dtype)
+
+
 def _reference(
     x: Tensor,
     residual: Tensor | None,
@@ -48,16 +57,13 @@ def _reference(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    total = x.new_empty(0)
-    if residual is not None:
-        h = residual.to(compute)
-        total = (x.to(compute) + (h if gate is None else wide(gate, compute) * h)).to(x.dtype)
+    total = x.new_empty(0) if residual is None else _add(x, residual, gate)
     value = (x if residual is None else total).to(compute)
     variance, mean = torch.var_mean(value, dim=-1, correction=0)
     rstd = (variance + eps).rsqrt()
     n = (value - mean[..., None]) * rstd[..., None]
-    f = wide(factor, compute) + plus_one
-    return total, (n * f + wide(offset, compute)).to(x.dtype), mean, rstd
+    y = n * (wide(factor, compute) + plus_one) + wide(offset, compute)
+    return total, y.to(x.dtype), mean, rstd
 
 
 def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,7 +86,8 @@ def _backward_reference(
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    n = (x.to(compute) - mean[..., None]) * rstd[..., None]
+    value = x if residual is None else _add(x, residual, gate)
+    n = (value.to(compute) - mean[..., None]) * rstd[..., None]
     u = grad_y.to(compute)
     w = u * (wide(factor, compute) + plus_one)
     dx = w - w.mean(dim=-1, keepdim=True) - n * (w * n).mean(dim=-1, keepdim=True)
@@ -146,8 +153,8 @@ _modulated_norm_backward = Op(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, gate, factor, _, ctx.plus_one, _ = inputs
     total, _, mean, rstd = output
-    kept = residual if gate is not None and ctx.needs_input_grad[2] else None
-    value = x if residual is None else total
+    kept = residual if ctx.needs_input_grad[2] else None
+    value = total if kept is None and residual is not None else x
     ctx.save_for_backward(value, kept, gate, factor, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)

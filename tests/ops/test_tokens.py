@@ -189,8 +189,11 @@ def test_only_inputs_and_two_numbers_a_token_are_kept():
     x, h, emb = (v.float().requires_grad_() for v in draw(TOKENS, TOKENS, (B, 3 * C)))
     total = B * T * C * 4
     numbers = 2 * B * T * 4
-    # The sum x + gate * h takes the place of x, which nothing keeps.
-    assert saved_bytes(lambda: fused_gated(x, h, emb), h, emb) == total + numbers
+    assert saved_bytes(lambda: fused_gated(x, h, emb), x, h, emb) == numbers
+    # Without a gate's gradient the sum x + gate * h takes the place of x and h.
+    weight, bias = (v.float() for v in draw((C,), (C,)))
+    kept = saved_bytes(lambda: fused_affine(x, h, weight, bias), weight)
+    assert kept == total + numbers
     assert saved_bytes(lambda: fused_residual(x, h, emb), h, emb) == 0
     heads, w, text, w2 = (v.float().requires_grad_() for v in draw(HEADS, (8,), TEXT, (8,)))
     assert saved_bytes(lambda: fused_rms(heads, w, text, w2), heads, w, text, w2) == 0
