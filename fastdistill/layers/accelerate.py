@@ -39,9 +39,10 @@ def patches() -> dict[str, Patch]:
     Raises:
         ModuleNotFoundError: without diffusers, whose layers the patches are for.
     """
-    from fastdistill.layers import dit, joint
+    from fastdistill.layers import dit, embedders, joint
 
-    return {patch.name: patch for patch in (*dit.PATCHES, *joint.PATCHES)}
+    found = (*dit.PATCHES, *embedders.PATCHES, *joint.PATCHES)
+    return {patch.name: patch for patch in found}
 
 
 class Accelerated:

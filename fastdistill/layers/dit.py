@@ -105,10 +105,8 @@ def _dit_block(
     class_labels: Tensor | None = None,
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """[B, T, C] -> [B, T, C]; without class labels the time is finished modulations [B, 6 C]."""
-    modulation = timestep
-    if class_labels is not None:
-        modulation = self.norm1(None, timestep, class_labels, hidden_dtype=hidden_states.dtype)
+    """[B, T, C], time [B], labels [B] -> [B, T, C]"""
+    modulation = self.norm1(None, timestep, class_labels, hidden_dtype=hidden_states.dtype)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     y = norm(hidden_states, scale1, shift1, self.norm1.norm.eps)
     h = self.attn1(y, attention_mask=attention_mask, **_known(cross_attention_kwargs))
