@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 Undo = Callable[[], None]
+# Attributes of an instance that runs something else than its class does.
+_CHANGES = frozenset(("forward", "_conv_forward"))
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ def patches() -> dict[str, Patch]:
     Raises:
         ModuleNotFoundError: without diffusers, whose layers the patches are for.
     """
-    found: tuple[Patch, ...] = ()
-    return {patch.name: patch for patch in found}
+    from fastdistill.layers import transformer, unet
+
+    return {patch.name: patch for patch in (*unet.PATCHES, *transformer.PATCHES)}
 
 
 class Accelerated:
@@ -114,18 +117,19 @@ def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and not own
 
 
-def is_hooked(*modules: nn.Module | None) -> bool:
-    """Whether a call of one of these modules does more than run its ``forward``."""
-    return any(
-        module is not None
-        and bool(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-        for module in modules
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of this instance does more than run its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a call of this instance does more, or else, than its class's ``forward``."""
+    return is_hooked(module) or not _CHANGES.isdisjoint(vars(module))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
