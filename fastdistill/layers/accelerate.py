@@ -145,6 +145,16 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
     return functools.partial(_restore, owner, name, before)
 
 
+def in_turn(*undos: Undo) -> Undo:
+    """One undo of several replacements, the last one first."""
+    return functools.partial(_undo_all, undos)
+
+
+def _undo_all(undos: tuple[Undo, ...]) -> None:
+    for undo in reversed(undos):
+        undo()
+
+
 def _restore(owner: Any, name: str, before: tuple[Any, ...]) -> None:
     if before:
         vars(owner)[name] = before[0]

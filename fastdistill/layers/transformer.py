@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fastdistill.layers.accelerate import (
     Patch,
+    Undo,
+    in_turn,
     is_changed,
     is_hooked,
     replace_attribute,
@@ -54,13 +56,18 @@ def _behind_gate(feed_forward: Any, projected: Tensor) -> Tensor:
     return hidden
 
 
-def _is_dividing(module: Any) -> bool:
+def _divides(attn: Any) -> bool:
     """Whether an attention runs torch's kernel and then divides by 1."""
-    if not isinstance(module, Attention) or type(module.processor) is not AttnProcessor2_0:
-        return False
-    norm = module.group_norm
-    known = module.spatial_norm is None and (norm is None or is_group_norm(norm))
-    return known and module.rescale_output_factor == 1
+    torchs = isinstance(attn, Attention) and type(attn.processor) is AttnProcessor2_0
+    return torchs and attn.rescale_output_factor == 1 and attn.spatial_norm is None
+
+
+def _is_image_attention(module: Any) -> bool:
+    return _divides(module) and is_group_norm(module.group_norm)
+
+
+def _replace_processor(attn: Any) -> Undo:
+    return replace_attribute(attn, "processor", UndividedAttention())
 
 
 class UndividedAttention(AttnProcessor2_0):
@@ -84,7 +91,9 @@ class UndividedAttention(AttnProcessor2_0):
         if context is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         if attn.group_norm is None:
-            hidden = attend(attn, _project(attn, tokens, context), attention_mask)
+            keys = tokens if context is None else context
+            projections = (attn.to_q(tokens), attn.to_k(keys), attn.to_v(keys))
+            hidden = attend(attn, projections, attention_mask)
         else:
             channels_first = image if image.ndim == 4 else image.transpose(1, 2)
             source = group_norm(attn.group_norm, channels_first, tokens=True)
@@ -92,11 +101,6 @@ class UndividedAttention(AttnProcessor2_0):
         if hidden_states.ndim == 4:
             hidden = hidden.transpose(1, 2).reshape(image.shape)
         return hidden + image if attn.residual_connection else hidden
-
-
-def _project(attn: Any, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    context = tokens if context is None else context
-    return attn.to_q(tokens), attn.to_k(context), attn.to_v(context)
 
 
 def project_behind(
@@ -198,6 +202,12 @@ def _is_plain_attention(attn: Any) -> bool:
     return type(attn.processor) is UndividedAttention
 
 
+def _replace_block(module: Any) -> Undo:
+    attentions = [a for a in (module.attn1, module.attn2) if a is not None and _divides(a)]
+    replaced = [attn for attn in attentions if attn.group_norm is None]
+    return in_turn(replace_forward(module, _block), *map(_replace_processor, replaced))
+
+
 PATCHES = (
     Patch(
         "gated_feed_forward",
@@ -206,15 +216,15 @@ PATCHES = (
         lambda module: replace_forward(module, _gated),
     ),
     Patch(
-        "attention",
-        "Attention with torch's kernel: no division by 1, group norm's value not kept",
-        _is_dividing,
-        lambda module: replace_attribute(module, "processor", UndividedAttention()),
+        "image_attention",
+        "Attention with a group norm, whose value is not kept; no division by 1",
+        _is_image_attention,
+        _replace_processor,
     ),
     Patch(
         "transformer_block",
-        "BasicTransformerBlock with layer norms: their values not kept",
+        "BasicTransformerBlock: the values of its layer norms not kept; no division by 1",
         _is_block,
-        lambda module: replace_forward(module, _block),
+        _replace_block,
     ),
 )

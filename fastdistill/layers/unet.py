@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdistill.layers.accelerate import (
     Patch,
     Undo,
+    in_turn,
     is_changed,
     replace_attribute,
     replace_forward,
@@ -118,16 +119,10 @@ def _has_output_norm(module: Any) -> bool:
 
 
 def _replace_output_norm(module: Any) -> Undo:
-    undos = [
+    return in_turn(
         replace_forward(module.conv_norm_out, _normed_and_activated),
         replace_forward(module.conv_act, _same),
-    ]
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
-    return undo
+    )
 
 
 def _normed_and_activated(self: Any, x: Tensor) -> Tensor:

@@ -95,12 +95,6 @@ def _residual(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     return block, {"input_tensor": normal(2, 32, 6, 6), "temb": normal(2, 24)}
 
 
-def _attention(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    return Attention(32, heads=4, dim_head=8, bias=True, **options), {
-        "hidden_states": normal(2, 9, 32)
-    }
-
-
 def _image_attention() -> tuple[nn.Module, dict[str, Tensor]]:
     attention = Attention(
         32, heads=4, dim_head=8, norm_num_groups=8, residual_connection=True, bias=True
@@ -133,7 +127,6 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "residual_scale_shift": lambda: _residual(time_embedding_norm="scale_shift"),
     "residual_up": lambda: _residual(up=True),
     "residual_down": lambda: _residual(down=True),
-    "attention": _attention,
     "attention_image": _image_attention,
     "block": _block,
     "block_self_attending": _self_attending_block,

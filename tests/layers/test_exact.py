@@ -101,10 +101,21 @@ def test_what_each_patch_replaces_in_an_sdxl():
         "spatial_input": 4,
         "output_norm": 1,
         "gated_feed_forward": 8,
-        "attention": 16,
         "transformer_block": 8,
     }
-    assert accelerate(module, only=["attention"]).replaced == {"attention": 16}
+    assert accelerate(module, only=["spatial_input"]).replaced == {"spatial_input": 4}
+
+
+def test_divisions_by_one_are_dropped_and_others_are_not():
+    def divisions(name):
+        module, inputs, call = build(name)
+        accelerate(module)
+        with torch.profiler.profile() as profile:
+            call(module, inputs)
+        return sum(row.count for row in profile.key_averages() if row.key == "aten::div")
+
+    assert [divisions(name) for name in ("block", "residual", "attention_image")] == [0, 0, 0]
+    assert divisions("residual_scaled") == 1
 
 
 def test_a_norm_with_a_hook_is_left_to_run_it():
