@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 Undo = Callable[[], None]
+# Attributes of an instance that runs something else than its class does.
+_CHANGES = frozenset(("forward", "_conv_forward"))
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ def patches() -> dict[str, Patch]:
     Raises:
         ModuleNotFoundError: without diffusers, whose layers the patches are for.
     """
-    from fastdistill.layers import dit, embedders, joint
+    from fastdistill.layers import dit, embedders, joint, transformer, unet
 
-    found = (*dit.PATCHES, *embedders.PATCHES, *joint.PATCHES)
-    return {patch.name: patch for patch in found}
+    files = (unet, transformer, dit, embedders, joint)
+    return {patch.name: patch for file in files for patch in file.PATCHES}
 
 
 class Accelerated:
@@ -116,18 +118,19 @@ def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and not own
 
 
-def is_hooked(*modules: nn.Module | None) -> bool:
-    """Whether a call of one of these modules does more than run its ``forward``."""
-    return any(
-        module is not None
-        and bool(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-        for module in modules
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of this instance does more than run its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a call of this instance does more, or else, than its class's ``forward``."""
+    return is_hooked(module) or not _CHANGES.isdisjoint(vars(module))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
@@ -141,6 +144,16 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
     before = (own[name],) if name in own else ()
     own[name] = value
     return functools.partial(_restore, owner, name, before)
+
+
+def in_turn(*undos: Undo) -> Undo:
+    """One undo of several replacements, the last one first."""
+    return functools.partial(_undo_all, undos)
+
+
+def _undo_all(undos: tuple[Undo, ...]) -> None:
+    for undo in reversed(undos):
+        undo()
 
 
 def _restore(owner: Any, name: str, before: tuple[Any, ...]) -> None:

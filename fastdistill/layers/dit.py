@@ -13,7 +13,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor
 
-from fastdistill.layers.accelerate import Patch, Undo, replace_attribute, replace_forward, runs
+from fastdistill.layers.accelerate import (
+    Patch,
+    Undo,
+    in_turn,
+    replace_attribute,
+    replace_forward,
+    runs,
+)
 from fastdistill.layers.saving import cheap, layers_of
 from fastdistill.layers.tokens import (
     add_and_norm,
@@ -26,7 +33,6 @@ from fastdistill.layers.tokens import (
     is_gelu_feed_forward,
     modulations,
     norm,
-    together,
 )
 from fastdistill.ops import gated_residual
 
@@ -146,7 +152,7 @@ def _known(options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _replace_dit_block(module: Any) -> Undo:
-    return together(
+    return in_turn(
         replace_forward(module, _dit_block),
         replace_forward(module.norm1, modulations),
         replace_attribute(module.attn1, "processor", TokenAttention()),
@@ -155,7 +161,7 @@ def _replace_dit_block(module: Any) -> Undo:
 
 
 def _replace_pixart_block(module: Any) -> Undo:
-    return together(
+    return in_turn(
         replace_forward(module, _pixart_block),
         replace_attribute(module.attn1, "processor", TokenAttention()),
         replace_attribute(module.attn2, "processor", TokenAttention()),

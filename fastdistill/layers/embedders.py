@@ -25,9 +25,9 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from fastdistill.layers.accelerate import Patch, Undo, is_hooked, replace_forward, runs
+from fastdistill.layers.accelerate import Patch, Undo, in_turn, is_hooked, replace_forward, runs
 from fastdistill.layers.dit import _dit_block
-from fastdistill.layers.tokens import modulations, together
+from fastdistill.layers.tokens import modulations
 
 
 class Embedded(NamedTuple):
@@ -162,11 +162,20 @@ def _is_one_batch(norms: Sequence[Any], x: Tensor) -> bool:
         return False
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return False
-    parts = [list(norm.modules()) for norm in norms]
-    if any(is_hooked(*modules) or len(modules) != len(parts[0]) for modules in parts):
+    plain = not any(is_hooked(part) for norm in norms for part in norm.modules())
+    if not plain or not all(type(layer) in _LAYERS for norm in norms for layer in _layers(norm)):
         return False
-    groups = zip(*(norm.parameters() for norm in norms), strict=True)
+    groups = zip(*(norm.parameters() for norm in norms), strict=False)
     return all(_is_even(group, x) for group in groups)
+
+
+_LAYERS = (nn.Linear, nn.Embedding)
+
+
+def _layers(norm: Any) -> tuple[nn.Module, ...]:
+    """The layers of a block's embedder and projection: a LoRA's are of other classes."""
+    time = norm.emb.timestep_embedder
+    return time.linear_1, time.linear_2, norm.emb.class_embedder.embedding_table, norm.linear
 
 
 def _is_even(group: Sequence[Tensor], x: Tensor) -> bool:
@@ -205,7 +214,7 @@ def _replace(module: Any) -> Undo:
     for index, block in enumerate(module.transformer_blocks):
         undos.append(replace_forward(block.norm1, _modulations_of(index)))
         undos.append(replace_forward(block.norm1.emb, _embedder))
-    return together(*undos)
+    return in_turn(*undos)
 
 
 PATCHES = (

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from fastdistill.layers.accelerate import (
     Patch,
     Undo,
-    is_hooked,
+    in_turn,
+    is_changed,
     replace_attribute,
     replace_forward,
     runs,
@@ -49,7 +50,6 @@ from fastdistill.layers.tokens import (
     join,
     modulations,
     norm,
-    together,
 )
 
 _Pair = tuple[Tensor, Tensor]
@@ -241,7 +241,7 @@ def _same_norms(attn: Any, joint: bool) -> bool:
     norms += [attn.norm_added_q, attn.norm_added_k] if joint else []
     if all(value is None for value in norms):
         return True
-    if not all(is_rms_norm(value) and not is_hooked(value) for value in norms):
+    if not all(is_rms_norm(value) and not is_changed(value) for value in norms):
         return False
     return len({value.eps for value in norms}) == 1
 
@@ -288,7 +288,7 @@ def _is_flux_single_block(module: Any) -> bool:
 def _replace_joint_block(module: Any) -> Undo:
     attentions = [module.attn, *([] if module.attn2 is None else [module.attn2])]
     gated = [module.ff, *([] if module.context_pre_only else [module.ff_context])]
-    return together(
+    return in_turn(
         replace_forward(module, _joint_block),
         *(replace_forward(part, modulations) for part in (module.norm1, module.norm1_context)),
         *(replace_attribute(part, "processor", JointTokenAttention()) for part in attentions),
@@ -303,7 +303,7 @@ def _flux_processor(attn: Any) -> Undo:
 
 
 def _replace_flux_block(module: Any) -> Undo:
-    return together(
+    return in_turn(
         replace_forward(module, _flux_block),
         *(replace_forward(part, modulations) for part in (module.norm1, module.norm1_context)),
         _flux_processor(module.attn),
@@ -312,7 +312,7 @@ def _replace_flux_block(module: Any) -> Undo:
 
 
 def _replace_flux_single_block(module: Any) -> Undo:
-    return together(
+    return in_turn(
         replace_forward(module, _flux_single_block),
         replace_forward(module.norm, modulations),
         _flux_processor(module.attn),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdistill.layers.accelerate import Undo, is_hooked
+from fastdistill.layers.accelerate import is_changed, is_hooked
 from fastdistill.layers.saving import cheap, layers_of
 from fastdistill.ops import gated_residual, modulated_norm, rms_norm_rope
 from fastdistill.ops.gated_residual import _gated_residual
@@ -130,20 +130,6 @@ def join(
     return rms_norm_rope(x, norm.weight, second, weight, rotary=rotary, eps=norm.eps)
 
 
-def together(*undos: Undo) -> Undo:
-    """One undo of several, the last first."""
-    return _Undos(undos)
-
-
-class _Undos:
-    def __init__(self, undos: tuple[Undo, ...]) -> None:
-        self._undos = undos
-
-    def __call__(self) -> None:
-        for undo in reversed(self._undos):
-            undo()
-
-
 def modulations(
     self: Any,
     x: Tensor | None = None,
@@ -159,6 +145,6 @@ def modulations(
 
 
 def is_bare_norm(module: Any) -> bool:
-    """Whether a module is torch's layer norm without weights, called by nobody's hooks."""
+    """Whether a module is a layer norm without weights, and no more."""
     plain = isinstance(module, nn.LayerNorm) and not module.elementwise_affine
-    return plain and not is_hooked(module)
+    return plain and not is_changed(module)
