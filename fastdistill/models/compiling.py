@@ -45,6 +45,7 @@ def compile_blocks(network: nn.Module, backend: str | Callable[..., Any] = "indu
     Raises:
         ValueError: for a network that names no blocks, or has none of those that it names.
     """
+    network = getattr(network, "base", network)  # a critic on another network's weights
     names = repeated_block_classes(network)
     blocks = [module for module in network.modules() if _is_one_of(module, names)]
     if not blocks:
