@@ -183,11 +183,17 @@ class SharedLora(nn.Module):
             return self.base.features(model_input, noise_condition, condition)
 
     def forward_with_features(
-        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        output_graph: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Raw output without a graph, and the features, from one pass."""
+        """Raw output, with a graph if asked for, and the features, from one pass."""
         with self._switch.set(True):
-            return self.base.forward_with_features(model_input, noise_condition, condition)
+            return self.base.forward_with_features(
+                model_input, noise_condition, condition, output_graph
+            )
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations of the base in backward passes."""

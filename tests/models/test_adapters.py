@@ -109,6 +109,24 @@ def test_nothing_past_the_last_feature_has_a_graph_or_is_computed(family):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("name", ["sdxl", "dit"])
+def test_one_pass_gives_output_and_features_with_a_graph_if_asked(name):
+    """As for a critic whose loss and whose features are trained by one pass."""
+    adapter, arguments = call(name)
+    raw, features = adapter.forward_with_features(*arguments, output_graph=True)
+    assert raw.requires_grad
+    assert all(value.requires_grad for value in features)
+    expected, own = adapter(*arguments), adapter.features(*arguments)
+    torch.testing.assert_close(raw, expected)
+    torch.testing.assert_close(features, own)
+    weights = [value for value in adapter.parameters() if value.requires_grad]
+    both = torch.autograd.grad([raw.sum(), features[0].sum()], weights, allow_unused=True)
+    apart = torch.autograd.grad([expected.sum(), own[0].sum()], weights, allow_unused=True)
+    for mine, theirs in zip(both, apart, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_without_a_graph_wanted_features_have_none():
     adapter, arguments = call("dit")
     with torch.no_grad():

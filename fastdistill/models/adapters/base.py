@@ -152,16 +152,20 @@ class Adapter(nn.Module, abc.ABC):
         return found
 
     def forward_with_features(
-        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        output_graph: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Raw output without a graph, and the features, from one pass."""
+        """Raw output, with a graph if asked for, and the features, from one pass."""
         self.check_condition(condition, model_input.shape[0])
         found: list[Tensor] = []
         with contextlib.ExitStack() as past_the_last:
             for name, value in self._walk(model_input, noise_condition, condition):
                 if name in self.feature_names:
                     found.append(value)
-                    if len(found) == len(self.feature_names):
+                    if len(found) == len(self.feature_names) and not output_graph:
                         past_the_last.enter_context(torch.no_grad())
         return self._raw(value, model_input), found
 
