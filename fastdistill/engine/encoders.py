@@ -182,6 +182,13 @@ class PipelineEncoder:
         """The pipeline without denoiser, VAE and what else takes no part in texts."""
         import diffusers
 
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"a {self.name} has text encoders of transformers, which is not installed: "
+                "pip install 'fastdistill[text]'"
+            ) from error
         unused = ("unet", "transformer", "vae", "safety_checker", "image_encoder")
         components: dict[str, Any] = {
             name: None

@@ -131,6 +131,11 @@ def test_a_null_of_one_row_stays_one_row(data):
         batch = prefetched.batch(0, 0, 4)
     assert batch.uncondition["labels"].stride(0) == 0
     assert batch.uncondition["labels"].tolist() == [10] * 4
+    with Prefetched(data, "meta") as prefetched:  # another device, on which copies have no content
+        batch = prefetched.batch(0, 0, 4)
+    assert batch.samples.is_meta
+    assert batch.uncondition["labels"].is_meta
+    assert batch.uncondition["labels"].stride(0) == 0
 
 
 def test_wrong_numbers_are_refused(data):

@@ -459,6 +459,15 @@ def test_wrong_uses_are_one_sentence(teacher, images, classes, tmp_path):
             EncodeSettings(**{name: "int8"})
 
 
+def test_a_missing_transformers_is_named_with_the_extra_that_brings_it(
+    teacher, images, tmp_path, monkeypatch
+):
+    folder = teacher("stable_diffusion_xl")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'fastdistill\[text\]'"):
+        encode(images, tmp_path / "set", folder, EXACT, say=silent)
+
+
 def test_more_classes_than_the_model_has_are_named(classes, tmp_path):
     folder = tiny_pipelines.save(tiny_pipelines.dit(1), tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"3.png has label 1; expected 0 to 0"):
