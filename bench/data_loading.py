@@ -185,7 +185,7 @@ def table(folder: Path, latents: Path, images: Path, steps: int, rounds: int, te
     cases: list[tuple[str, Callable[[], Data], Path, int, float, bool]] = [
         ("latents and embeddings", lambda: EncodedData(latents), latents, 4, 0.05, False),
         ("the same, cold", lambda: EncodedData(latents), latents, 4, 0.05, True),
-        ("latents and embeddings", lambda: EncodedData(latents), latents, 32, 0.2, False),
+        ("latents and embeddings", lambda: EncodedData(latents), latents, 16, 0.1, False),
         ("JPEG at 512 pixels", lambda: ImageData(images, 512), images, 8, 0.1, False),
         ("the same, cold", lambda: ImageData(images, 512), images, 8, 0.1, True),
     ]
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latents", type=int, default=2048, help="samples of the encoded set")
     parser.add_argument("--images", type=int, default=512, help="JPEGs")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tenth", action="store_true", help="steps of a tenth, to try this out")
     options = parser.parse_args()
