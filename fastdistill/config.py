@@ -31,7 +31,7 @@ from pydantic_core import core_schema
 from fastdistill.diffusion import parametrisation as parametrisations
 from fastdistill.diffusion import process as processes
 from fastdistill.diffusion import timesteps
-from fastdistill.objectives import get_divergence
+from fastdistill.objectives import check_sharing, get_divergence
 from fastdistill.optim.schedule import Schedule
 
 
@@ -147,6 +147,12 @@ class TrainingSettings(_Settings):
     """Micro-batches of one update."""
     critic_updates_per_student_update: PositiveInt = 1
     """Critic updates for each update of the student: 5 means five."""
+    sample_reuse: PositiveInt = 1
+    """Critic updates that share a generated sample, each with noise of its own (docs/speed.md)."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile the repeated blocks of every network; the first steps take longer."""
+    cuda_graph: bool = False
+    """Replay a step from a CUDA graph: on GPUs, in modes single and resident."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; bfloat16 ones have float32 master weights."""
     stochastic_rounding: bool = False
@@ -174,6 +180,16 @@ class TrainingSettings(_Settings):
     def _rounding_has_something_to_round(self) -> TrainingSettings:
         if self.stochastic_rounding and self.precision == "float32":
             raise ValueError("stochastic_rounding rounds bfloat16 weights; set precision: bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def _reuse_has_something_to_reuse(self) -> TrainingSettings:
+        if self.sample_reuse > self.critic_updates_per_student_update:
+            raise ValueError(
+                f"sample_reuse is {self.sample_reuse}, but a sample is too old after "
+                "critic_updates_per_student_update, which is "
+                f"{self.critic_updates_per_student_update}"
+            )
         return self
 
 
@@ -276,10 +292,17 @@ class ObjectiveSettings(_Settings):
     """Lower bound of the density ratio before it is calibrated."""
     ratio_max: PositiveFloat = 20.0
     """Upper bound of the density ratio before it is calibrated."""
+    share_critic_forward: bool = False
+    """Let the critic's forward in the student's update serve one of its own updates, which then is
+    at matching_law's times."""
+    share_feature_forward: bool = False
+    """Let the pass of the critic's loss yield the discriminator's features of generated samples,
+    which then is trained at critic_law's times."""
 
     @model_validator(mode="after")
-    def _known_divergence(self) -> ObjectiveSettings:
+    def _fits_together(self) -> ObjectiveSettings:
         get_divergence(self.divergence)
+        check_sharing(self)
         return self
 
     @property

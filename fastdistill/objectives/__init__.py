@@ -3,7 +3,11 @@
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.objectives.denoising import Denoising
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
-from fastdistill.objectives.distribution_matching import DistributionMatching, MatchingSettings
+from fastdistill.objectives.distribution_matching import (
+    DistributionMatching,
+    MatchingSettings,
+    check_sharing,
+)
 from fastdistill.objectives.divergences import Divergence, divergence_names, get_divergence
 
 __all__ = [
@@ -15,6 +19,7 @@ __all__ = [
     "MatchingSettings",
     "Objective",
     "Update",
+    "check_sharing",
     "divergence_names",
     "get_divergence",
     "logistic_cotangent",

@@ -328,6 +328,10 @@ class Arena:
     def publish(self) -> None:
         """Let the network see the weights of an update; here it sees them already."""
 
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        """CUDA streams that passes and updates use beside the current one; here there are none."""
+        return []
+
 
 def plan_arena(
     module: nn.Module | Sequence[tuple[str, Tensor]],

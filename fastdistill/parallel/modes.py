@@ -74,6 +74,7 @@ class Parallel:
         compute_dtype: torch.dtype | None = None,
         averages: int = 0,
         moments: Moments = "float32",
+        static: bool = False,
     ) -> Arena:
         """Take over a network that will be trained, sharding it where the mode says so.
 
@@ -83,6 +84,7 @@ class Parallel:
             compute_dtype: dtype that its forwards compute in; float32 if None.
             averages: number of moving averages of its weights.
             moments: float32 or 8bit.
+            static: keep gathered weights where they are, as a CUDA graph needs them.
 
         Raises:
             ValueError: where ranks hold different weights.
@@ -92,7 +94,13 @@ class Parallel:
             return Arena(module, compute_dtype=compute_dtype, averages=averages, moments=moments)
         resident = self.mode == "resident" or role in self.resident_roles
         self.shard(module, resident=resident, compute_dtype=compute_dtype)
-        return ShardedArena(module, prefetch=resident, averages=averages, moments=moments)
+        return ShardedArena(
+            module,
+            prefetch=resident and not static,
+            static=static,
+            averages=averages,
+            moments=moments,
+        )
 
     def check_alike(self, module: nn.Module) -> None:
         """Make sure that all ranks begin with the same weights, which nothing would notice later.
