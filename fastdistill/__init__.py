@@ -15,6 +15,7 @@ _PUBLIC = {
     "Job": "fastdistill.engine.job",
     "Noise": "fastdistill.diffusion",
     "Trainer": "fastdistill.engine.trainer",
+    "accelerate": "fastdistill.layers",
     "functional": "fastdistill.functional",
     "load_denoiser": "fastdistill.engine.saved",
     "load_recipe": "fastdistill.config",
