@@ -92,7 +92,8 @@ def count_cycle(
         if low is not None and isinstance(module, Denoiser):
             module.input_dtype = low
             for parameter in module.parameters():
-                parameter.data = parameter.data.to(low)
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(low)
     batch_size = _prime(objective)
     counter = Counter(batch_size)
     watch = _Watch(counter, objective)
@@ -117,7 +118,7 @@ class _FirstChoice(Noise):
 
 def _prime(objective: Objective) -> int:
     """A batch size that divides no dimension of the networks."""
-    networks = getattr(objective, "networks", objective.critic_modules)().values()
+    networks = {**objective.networks(), **objective.critic_modules()}.values()
     sizes = {
         length
         for module in networks
@@ -171,6 +172,7 @@ class _Watch:
         self.counter, self.objective = counter, objective
         self.kept: dict[str, Size] = {}
         self._update = self._turn = ""
+        self._inside = False
         self._graphs: set[str] = set()
         self._undo: list[Callable[[], None]] = []
 
@@ -228,9 +230,14 @@ class _Watch:
 
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            before = self.counter.live
-            with self.part(name):
-                out = original(*args, **kwargs)
+            if self._inside:  # as a LoRA critic's pass runs the teacher's layers
+                return original(*args, **kwargs)
+            before, self._inside = self.counter.live, True
+            try:
+                with self.part(name):
+                    out = original(*args, **kwargs)
+            finally:
+                self._inside = False
             outputs = out if isinstance(out, tuple | list) else [out]
             flat = [one for part in outputs for one in (part if isinstance(part, list) else [part])]
             if any(value.requires_grad for value in flat if isinstance(value, Tensor)):

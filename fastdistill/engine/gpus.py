@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 
 from fastdistill.engine.counting import Work
@@ -61,6 +62,19 @@ def find_gpu(name: str) -> GPU:
     return found
 
 
+def parse_size(text: str) -> float:
+    """Bytes of a size as 80GiB, 80GB or 80 (GiB).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(gib|gb|mib|mb|)\s*", text.lower())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"memory is {text!r}; expected a size as 80GiB or 141GB")
+    units = {"gib": GIB, "": GIB, "gb": 1e9, "mib": 2**20, "mb": 1e6}
+    return float(found[1]) * units[found[2]]
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace(" ", "").replace("_", "")
 
@@ -87,6 +101,10 @@ class Assumptions:
     """The same of a backward."""
     optimizer_launch: float = 100e-6
     """The same for a whole update of an arena."""
+    gather_tensor: float = 15e-6
+    """Seconds of the host for a tensor in a gather of FSDP2."""
+    reduce_tensor: float = 40e-6
+    """The same in a reduction."""
     link: float = 0.73
     """Share of the link that collectives reach."""
     node: int = 8

@@ -26,7 +26,7 @@ from fastdistill.parallel.modes import Mode, fitting_mode
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What is planned: networks on the meta device and what the trainer is told."""
 
     objective: Callable[[bool], Objective]
@@ -91,7 +91,9 @@ class Planner:
         ValueError: for a number of GPUs that the recipe's shards do not divide.
     """
 
-    def __init__(self, job: Job, gpus: int, gpu: GPU, assumed: Assumptions | None = None) -> None:
+    def __init__(
+        self, job: PlannedJob, gpus: int, gpu: GPU, assumed: Assumptions | None = None
+    ) -> None:
         self.job, self.gpus, self.gpu = job, gpus, gpu
         self.assumed = assumed or Assumptions()
         self.shards = job.parallel.shards or gpus
@@ -103,10 +105,10 @@ class Planner:
         self._cycles: dict[bool, Cycle] = {}
         self._networks: dict[Layout, list[NetworkPlan]] = {}
         self._objective = job.objective(False)
+        modules = {**self._objective.critic_modules(), **self._objective.networks()}
+        self._tensors = {role: len(list(value.parameters())) for role, value in modules.items()}
         self._buffers = sum(
-            value.nbytes
-            for module in (*self._objective.networks().values(),)
-            for value in module.buffers()
+            value.nbytes for module in modules.values() for value in module.buffers()
         )
 
     def cycle(self, checkpointed: bool) -> Cycle:
@@ -174,15 +176,19 @@ class Planner:
             )
         return low
 
-    def layouts(self, checkpointed: Sequence[bool] = (False, True)) -> list[Layout]:
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the networks can recompute their blocks."""
+        return hasattr(self._objective.student.network, "enable_gradient_checkpointing")
+
+    def layouts(self, checkpointed: bool) -> list[Layout]:
         """Every layout that the number of GPUs allows, from the fastest on."""
         if self.gpus == 1:
-            return [Layout("single", recompute) for recompute in checkpointed]
-        spread: list[tuple[Mode, bool]] = [("resident", False), ("fsdp", False), ("fsdp", True)]
+            return [Layout("single", checkpointed)]
         return [
-            Layout(mode, recompute, sharded)
-            for recompute in checkpointed
-            for mode, sharded in spread
+            Layout("resident", checkpointed),
+            Layout("fsdp", checkpointed),
+            Layout("fsdp", checkpointed, sharded_teacher=True),
         ]
 
     def predict(self, layout: Layout, batch: int) -> Prediction:
@@ -195,6 +201,7 @@ class Planner:
             ranks=self.gpus,
             shards=1 if layout.mode == "single" else self.shards,
             batch=batch,
+            tensors=self._tensors,
             assumed=self.assumed,
         )
 

@@ -112,6 +112,7 @@ def predict(
     ranks: int,
     shards: int,
     batch: int,
+    tensors: Mapping[str, int],
     assumed: Assumptions,
 ) -> Prediction:
     """Predict the time of a cycle.
@@ -124,10 +125,11 @@ def predict(
         ranks: number of GPUs.
         shards: GPUs that hold a network together.
         batch: samples of a micro-batch on one GPU.
+        tensors: parameters of each network, as FSDP2 handles them one by one.
         assumed: shares of the peaks, and costs of the host.
     """
     rows = [_networks_row(part, batch, training, gpu, assumed) for part in cycle.parts]
-    exchange = _Exchange(training, gpu, ranks, shards, assumed)
+    exchange = _Exchange(training, gpu, ranks, shards, tensors, assumed)
     collectives = 0.0
     for plan in networks:
         updates = cycle.updates.get(plan.name, 0)
@@ -188,6 +190,7 @@ class _Exchange:
     gpu: GPU
     ranks: int
     shards: int
+    tensors: Mapping[str, int]
     assumed: Assumptions
 
     @property
@@ -201,8 +204,10 @@ class _Exchange:
         moved = gathers * (10 * size / shards + 2 * self.itemsize * size)
         moved += reductions * (self.itemsize + 4) * size
         rate = self.assumed.optimizer_bandwidth * self.gpu.bandwidth
-        name = f"{plan.name}: {gathers} gathers, {reductions} reductions"
-        return Row(_owner(plan), name, 1, 0, moved, 0, {"copies of collectives": moved / rate}, 0)
+        name = f"{plan.name}: gathers {gathers}, reductions {reductions}"
+        seconds = {"copies of collectives": moved / rate}
+        each = gathers * self.assumed.gather_tensor + reductions * self.assumed.reduce_tensor
+        return Row(_owner(plan), name, 1, 0, moved, 0, seconds, each * self.tensors[plan.name])
 
     def seconds(self, plan: NetworkPlan, gathers: int, reductions: int) -> float:
         """Of the links: gathers and reduce-scatters among shards, all-reduces among replicas."""
