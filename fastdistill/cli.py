@@ -1,4 +1,4 @@
-"""The command line: train, resume, sample, evaluate, encode, info, bench."""
+"""The command line: encode, plan, train, resume, sample, evaluate, export, info, bench."""
 
 from __future__ import annotations
 
@@ -50,6 +50,53 @@ def train(
     job = Job.create(folder, loaded, say, ranks)
     job.say(f"run folder: {job.folder}")
     _run(job)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys to change, as training.batch_size=64.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind, as H100, H200, B200, A100.")] = "H100",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of each, as 80GiB; the whole of its kind if absent.")
+    ] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(help="A diffusers folder, a JSON file or a published model, as sdxl."),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; the model's usual ones if absent.")
+    ] = None,
+    accelerated: Annotated[
+        bool, typer.Option("--accelerated", help="Count with fastdistill.accelerate's layers.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A JSON file of all numbers.")
+    ] = None,
+) -> None:
+    """Say what a recipe will take, before anything is allocated: memory, work, predicted time."""
+    import json
+
+    from fastdistill.config import load_recipe
+    from fastdistill.engine.gpus import find_gpu, parse_size
+    from fastdistill.engine.plan_recipe import job_of_recipe
+    from fastdistill.engine.plan_report import Plan
+    from fastdistill.engine.planning import Planner
+
+    kind = find_gpu(gpu)
+    limit = kind.memory if memory is None else parse_size(memory)
+    loaded = load_recipe(recipe, overrides)
+    job = job_of_recipe(loaded, model_config, text_tokens=text_tokens, accelerated=accelerated)
+    made = Plan.of(loaded.name, Planner(job, gpus, kind), limit)
+    made.show(console)
+    if output is not None:
+        output.write_text(json.dumps(made.as_json(), indent=2) + "\n")
+        say(f"all numbers: {output}")
+    if not made.fits:
+        raise ValueError(made.verdict())
 
 
 @app.command()
