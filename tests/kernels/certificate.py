@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import unet_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs/results/certificates.csv"
@@ -57,6 +58,7 @@ NARROW = {
     "_project_kernel": "numbers of the samples, and of the mean that all samples of a tile share",
     "_map_kernel": "numbers of the samples, and of the mean that all samples of a tile share",
     "_along_components_kernel": "x and the result, 1/K of what is read: 128 elements a program",
+    **unet_cases.NARROW,
 }
 
 
@@ -123,12 +125,18 @@ def _all_cases() -> Iterator[Case]:
         yield Case("gaussian", target, "12288x256", "float32", "bfloat16")
         yield Case("density_ratio", target)
         yield Case("density_ratio_large", target)
+        for op, shapes in unet_cases.SHAPES.items():
+            for shape in shapes:
+                yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
 
 
 def _of_the_suite(case: Case) -> bool:
     """All kernels on all targets, and each way to cut a sample and each dtype on sm_90."""
     if case.op in ("density_ratio", "uniform", *VARIANTS) or case.shape == "-":
         return case.target == "sm_90" or case.dtype == "bfloat16" or case.op == "density_ratio"
+    if case.op in unet_cases.SHAPES:
+        middle = case.shape == unet_cases.SHAPES[case.op][1]
+        return middle and (case.target == "sm_90" or case.dtype == "bfloat16")
     if case.op == "gaussian":
         return case.shape == "12288x256" and (case.target == "sm_90" or case.dtype == "bfloat16")
     if case.target != "sm_90":
@@ -300,6 +308,8 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
                 match_scores()
             finally:
                 matching.cut = before
+        case op if op in unet_cases.SHAPES:
+            unet_cases.launch(op, case.shape, BATCH, dtype, meta)
         case bad:
             import bad_kernels
 
@@ -539,6 +549,8 @@ def certify(case: Case) -> list[dict[str, Any]]:
         row["expected"] = None
         if kernel == "_adamw_kernel":
             row["expected"] = _expected_update(bound, threads)
+        elif kernel in unet_cases.LOADS:
+            row["expected"] = unet_cases.expected(kernel, bound, threads)
         elif "PARTS" in bound and "N" in bound:
             row["expected"] = _expected(bound, given, threads, nvidia)
         row["faults"] = faults(row)

@@ -16,6 +16,8 @@ from fastdistill.ops.consistency import _consistency_cotangent
 from fastdistill.ops.denoising import _denoising_cotangent
 from fastdistill.ops.density_ratio import _density_ratio_weight
 from fastdistill.ops.gaussian import _gaussian_transport
+from fastdistill.ops.glu import _geglu, _geglu_backward
+from fastdistill.ops.group_norm import _group_norm_silu, _group_norm_silu_backward
 from fastdistill.ops.matching import _matching_cotangent
 from fastdistill.ops.mixture import _mixture_denoise, _mixture_denoise_backward
 from fastdistill.ops.noise import _normal, _uniform
@@ -55,6 +57,17 @@ def calls(
     state = [torch.rand(96 + elements, generator=generator) for _ in range(6)]
     updated = (*state[:4], torch.zeros(()), state[4:], torch.zeros_like(state[0]).bfloat16())
     scalars = (torch.tensor(2.0), torch.tensor(3.0), torch.tensor(0.5), key)
+    image = torch.randn(batch, 6, 3, 5, generator=generator).to(dtype)
+    image_grad = torch.randn(batch, 6, 3, 5, generator=generator).to(dtype)
+    normed = image.clone().requires_grad_(grad)
+    embedding, norm_weight, norm_bias = (
+        image[:, :, 0, 0].clone(),
+        image[0, :, 1, 1],
+        image[0, :, 2, 2],
+    )
+    numbers = torch.rand(2, batch, 2, generator=generator).to(
+        torch.promote_types(dtype, torch.float32)
+    )
     return {
         _normal: (key, index, list(shape), dtype),
         _uniform: (key, index, [5], torch.float32),
@@ -76,6 +89,13 @@ def calls(
         _gaussian_transport: (x, means[0], means.T.contiguous(), a, b, c, gains, d, a, gains),
         _mixture_denoise: (x, a, b, means, spread, log_weights),
         _mixture_denoise_backward: (*(x.detach(), a, b, means, spread, gains.softmax(1), x_t, c),),
+        _geglu: (normed.flatten(2)[..., :14], "tanh"),
+        _geglu_backward: (image_grad[..., 0], image[..., 0].repeat(1, 1, 2), "none", True),
+        _group_norm_silu: (normed, embedding, norm_weight, norm_bias, 2, 1e-5, True),
+        _group_norm_silu_backward: (
+            *(image_grad, image, embedding, norm_weight, norm_bias, *numbers),
+            *(2, True, True),
+        ),
         _sum_of_squares: (x.detach(),),
         _adamw_ema_: (
             *(*updated, None, None, torch.zeros(2, dtype=torch.int32), *scalars, None),
