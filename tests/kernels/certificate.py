@@ -32,6 +32,7 @@ from typing import Any
 
 import layer_cases
 import torch
+import unet_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs/results/certificates.csv"
@@ -58,6 +59,7 @@ NARROW = {
     "_project_kernel": "numbers of the samples, and of the mean that all samples of a tile share",
     "_map_kernel": "numbers of the samples, and of the mean that all samples of a tile share",
     "_along_components_kernel": "x and the result, 1/K of what is read: 128 elements a program",
+    **unet_cases.NARROW,
 }
 
 
@@ -126,6 +128,9 @@ def _all_cases() -> Iterator[Case]:
         yield Case("density_ratio_large", target)
         for op, shape in layer_cases.names():
             yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
+        for op, shapes in unet_cases.SHAPES.items():
+            for shape in shapes:
+                yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
 
 
 def _of_the_suite(case: Case) -> bool:
@@ -135,6 +140,9 @@ def _of_the_suite(case: Case) -> bool:
     if case.op in layer_cases.OPS:
         first = case.shape == next(iter(layer_cases.shapes(case.op)))
         return case.dtype == "bfloat16" and (first or case.target == "sm_90")
+    if case.op in unet_cases.SHAPES:
+        middle = case.shape == unet_cases.SHAPES[case.op][1]
+        return middle and (case.target == "sm_90" or case.dtype == "bfloat16")
     if case.op == "gaussian":
         return case.shape == "12288x256" and (case.target == "sm_90" or case.dtype == "bfloat16")
     if case.target != "sm_90":
@@ -308,6 +316,8 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
                 matching.cut = before
         case op if op in layer_cases.OPS:
             layer_cases.launch(op, case.shape, BATCH, dtype, meta)
+        case op if op in unet_cases.SHAPES:
+            unet_cases.launch(op, case.shape, BATCH, dtype, meta)
         case bad:
             import bad_kernels
 
@@ -553,6 +563,8 @@ def certify(case: Case) -> list[dict[str, Any]]:
         row["expected"] = None
         if kernel == "_adamw_kernel":
             row["expected"] = _expected_update(bound, threads)
+        elif kernel in unet_cases.LOADS:
+            row["expected"] = unet_cases.expected(kernel, bound, threads)
         elif "PARTS" in bound and "N" in bound:
             row["expected"] = _expected(bound, given, threads, nvidia)
         row["faults"] = faults(row)
