@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from models import LAYERS, MODELS, build, call_unet, gradients
 from torch import nn
+from unet_models import LAYERS, MODELS, build, call_unet, gradients
 
 from fastdistill.layers import accelerate
 
