@@ -41,9 +41,9 @@ def patches() -> dict[str, Patch]:
     Raises:
         ModuleNotFoundError: without diffusers, whose layers the patches are for.
     """
-    from fastdistill.layers import dit, embedders, joint, transformer, unet
+    from fastdistill.layers import dit, embedders, joint, priority, transformer, unet
 
-    files = (unet, transformer, dit, embedders, joint)
+    files = (unet, transformer, dit, embedders, joint, priority)
     return {patch.name: patch for file in files for patch in file.PATCHES}
 
 
