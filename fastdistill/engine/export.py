@@ -24,6 +24,7 @@ from fastdistill.engine.model_card import Card, write_card
 from fastdistill.engine.stock_pipeline import StockPipeline, stock_pipeline
 from fastdistill.engine.stock_sampler import StockSampler, stock_sampler
 from fastdistill.models import Denoiser
+from fastdistill.models.adapters import Adapter
 
 _UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
 """Weights that are not copied: they are unpickled, or of no use to torch."""
@@ -38,6 +39,7 @@ def export_pipeline(
     target: str | Path,
     *,
     merge_lora: bool = False,
+    guidance: float = 1.0,
     recipe: str = "",
     metrics: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -50,6 +52,7 @@ def export_pipeline(
         teacher: the teacher's pipeline: a folder, or a name on the Hub.
         target: the new folder.
         merge_lora: write a LoRA student's weights into the model, instead of a LoRA file.
+        guidance: the guidance scale that a model with embedded guidance, as FLUX.1-dev, was told.
         recipe: how the student was made, as YAML, for the model card.
         metrics: numbers for the model card, by name.
 
@@ -65,15 +68,16 @@ def export_pipeline(
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another folder, or remove it first")
-    model: Any = getattr(student.network, "model", None)
-    if not hasattr(model, "save_config"):
+    network = student.network
+    if not isinstance(network, Adapter):
         raise ValueError(
-            f"the student's network is a {type(student.network).__name__}, not an adapter of a "
+            f"the student's network is a {type(network).__name__}, not an adapter of a "
             "diffusers model; diffusers could not load it"
         )
     sampler = stock_sampler(student.process, student.parametrisation, times)
     source = _teacher_folder(teacher)
-    pipeline = stock_pipeline(source, model, sampler)
+    pipeline = stock_pipeline(source, network, sampler, guidance)
+    model = network.model
     as_lora = lora_weights.has_lora(model) and not merge_lora
     if as_lora and not pipeline.loads_lora:
         raise ValueError(

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from fastdistill.engine.stock_sampler import StockSampler
+from fastdistill.models.adapters import Adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +22,7 @@ class _Kind:
     schedule: Literal["timesteps", "sigmas"] | None = "timesteps"
     """What it takes besides a number of steps."""
     takes_latents: bool = True
+    takes_size: bool = True
     loads_lora: bool = False
     options: str = ""
     """Further arguments that every call needs."""
@@ -34,10 +34,10 @@ _KINDS = {
     "StableDiffusionXLPipeline": _Kind(_PROMPT, loads_lora=True),
     "PixArtAlphaPipeline": _Kind(_PROMPT, options="use_resolution_binning=False"),
     "PixArtSigmaPipeline": _Kind(_PROMPT, options="use_resolution_binning=False"),
-    "DiTPipeline": _Kind("class_labels=[0]", schedule=None, takes_latents=False),
+    "DiTPipeline": _Kind("class_labels=[0]", schedule=None, takes_latents=False, takes_size=False),
     "StableDiffusion3Pipeline": _Kind(_PROMPT, schedule="sigmas", loads_lora=True),
     "FluxPipeline": _Kind(_PROMPT, schedule="sigmas", loads_lora=True, takes_latents=False),
-    "ConsistencyModelPipeline": _Kind("batch_size=1", guided=False),
+    "ConsistencyModelPipeline": _Kind("batch_size=1", guided=False, takes_size=False),
 }
 _PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "KarrasVePipeline", "ConsistencyModelPipeline")
 """Pipelines of a UNet2DModel alone. Only the last scales inputs and knows classes, as EDM needs."""
@@ -55,6 +55,10 @@ class StockPipeline:
     """model_index.json."""
     latents: tuple[int, ...]
     """Shape of one sample."""
+    size: tuple[int, int] | None
+    """Height and width of its images, where a call has to say them."""
+    guidance: float
+    """The guidance scale that a model with embedded guidance is told; 1 is none."""
 
     @property
     def others(self) -> list[str]:
@@ -86,7 +90,9 @@ class StockPipeline:
         if "timesteps" not in sampler.schedule:
             arguments.append(f"num_inference_steps={sampler.steps}")
         if kind.guided:
-            arguments.append("guidance_scale=1.0")
+            arguments.append(f"guidance_scale={self.guidance}")
+        if self.size is not None:
+            arguments += [f"height={self.size[0]}", f"width={self.size[1]}"]
         if kind.options:
             arguments.append(kind.options)
         if not sampler.starts_itself:
@@ -94,16 +100,18 @@ class StockPipeline:
         return arguments
 
 
-def stock_pipeline(teacher: Path, model: nn.Module, sampler: StockSampler) -> StockPipeline:
-    """The pipeline of a teacher's folder with this model in it, able to use this sampler.
+def stock_pipeline(
+    teacher: Path, network: Adapter, sampler: StockSampler, guidance: float
+) -> StockPipeline:
+    """The pipeline of a teacher's folder with a student in it, able to use this sampler.
 
     Raises:
         ValueError: for a folder that is no pipeline, or none of these, or has another model.
     """
-    file, kind = teacher / "model_index.json", type(model).__name__
+    file, kind = teacher / "model_index.json", network.architecture
     if not file.is_file():
         raise ValueError(f"{teacher} is no pipeline of diffusers: {file.name} is missing")
-    index = json.loads(file.read_text())
+    index = json.loads(file.read_text(encoding="utf-8"))
     name = index["_class_name"]
     if name in _PIXEL_PIPELINES:
         name = "ConsistencyModelPipeline"
@@ -116,15 +124,39 @@ def stock_pipeline(teacher: Path, model: nn.Module, sampler: StockSampler) -> St
     places = [key for key, value in index.items() if value == ["diffusers", kind]]
     if len(places) != 1:
         raise ValueError(f"{teacher} is a {name} without a {kind}: it is not the student's teacher")
-    pipeline = StockPipeline(name, places[0], index, _latents(model))
+    _check_guidance(network, guidance)
+    size = _stated_size(teacher, network)
+    pipeline = StockPipeline(name, places[0], index, network.sample_shape, size, guidance)
     _check_call(pipeline, sampler)
     return pipeline
 
 
-def _latents(model: Any) -> tuple[int, ...]:
-    size = model.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return (model.config.in_channels, height, width)
+def _check_guidance(network: Adapter, guidance: float) -> None:
+    """Only a model with embedded guidance is told a guidance scale."""
+    embedded = network.config.get("guidance_embeds", False)
+    if embedded and guidance == 1.0:
+        raise ValueError(
+            f"this {network.architecture} is told a guidance scale; say which one the student was "
+            "trained with (guidance, or --guidance), as 3.5"
+        )
+    if not embedded and guidance != 1.0:
+        raise ValueError(
+            f"guidance is {guidance}, but this {network.architecture} is told none; the teacher's "
+            "guidance is in the student's weights"
+        )
+
+
+def _stated_size(teacher: Path, network: Adapter) -> tuple[int, int] | None:
+    """Height and width of images in pixels, where the pipeline would make others."""
+    _, height, width = network.sample_shape
+    configured = network.config.get("sample_size")
+    if configured in (height, (height, width), [height, width]) and height == width:
+        return None
+    file, scale = teacher / "vae" / "config.json", 1
+    if file.is_file():
+        vae = json.loads(file.read_text(encoding="utf-8"))
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return height * scale, width * scale
 
 
 def _check_call(pipeline: StockPipeline, sampler: StockSampler) -> None:
@@ -138,6 +170,11 @@ def _check_call(pipeline: StockPipeline, sampler: StockSampler) -> None:
                 f"{name} of diffusers takes no {argument}, and its own steps are not the student's "
                 f"{values}; students of equal steps, as 999, 749, 499, 249, need none"
             )
+    if pipeline.size is not None and not kind.takes_size:
+        raise ValueError(
+            f"{name} of diffusers draws its model's own sample_size, not the student's "
+            f"{pipeline.latents[1]}x{pipeline.latents[2]}"
+        )
     latents = kind.takes_latents
     if name == "ConsistencyModelPipeline" and pipeline.latents[0] != 3:
         latents = False  # it asks for three channels

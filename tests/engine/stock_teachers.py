@@ -212,6 +212,32 @@ def sd3(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def flux(folder: Path) -> None:
+    transformer = _random(
+        diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
+    )
+    encoder, words = _t5(WIDTH)
+    diffusers.FluxPipeline(
+        transformer=transformer,
+        vae=_vae(shift_factor=0.1),
+        text_encoder=_clip(transformers.CLIPTextModel),
+        text_encoder_2=encoder,
+        tokenizer=_tokenizer(folder.with_name("letters")),
+        tokenizer_2=words,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+
+
 def pixels(folder: Path) -> None:
     unet = _random(
         diffusers.UNet2DModel(
@@ -233,5 +259,6 @@ TEACHERS = {
     "DiTPipeline": dit,
     "PixArtAlphaPipeline": pixart,
     "StableDiffusion3Pipeline": sd3,
+    "FluxPipeline": flux,
     "DDPMPipeline": pixels,
 }

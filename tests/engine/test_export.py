@@ -28,6 +28,7 @@ from fastdistill.diffusion import (
 )
 from fastdistill.engine.export import export_pipeline
 from fastdistill.models import Denoiser
+from fastdistill.models.pretrained import load_pretrained
 
 PROMPT = "a photograph of a lighthouse"
 SD, DIT = VP.stable_diffusion(), VP.dit()
@@ -47,25 +48,11 @@ CASES = {
     "pixels-edm": ("DDPMPipeline", EDM(), EDMPreconditioning(), [2.5]),
     "sdxl-lora": ("StableDiffusionXLPipeline", SD, Epsilon(), [399.0]),
     "sdxl-lora-merged": ("StableDiffusionXLPipeline", SD, Epsilon(), [399.0]),
+    "flux": ("FluxPipeline", RectifiedFlow(), Flow(1000.0), [1.0]),
+    "flux-two": ("FluxPipeline", RectifiedFlow(), Flow(1000.0), [1.0, 0.6]),
     "sd3-lora": ("StableDiffusion3Pipeline", RectifiedFlow(), Flow(1000.0), [1.0]),
     "dit-lora-merged": ("DiTPipeline", DIT, Epsilon(), [400.0]),
 }
-
-
-class Adapter(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, model_input, noise_condition, condition):
-        condition = dict(condition)
-        if "time_ids" in condition:
-            names = ("time_ids", "text_embeds")
-            condition["added_cond_kwargs"] = {name: condition.pop(name) for name in names}
-        if isinstance(self.model, diffusers.PixArtTransformer2DModel):
-            condition["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-        raw = self.model(model_input, timestep=noise_condition, **condition).sample
-        return raw[:, : model_input.shape[1]]
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +71,12 @@ def teachers(tmp_path_factory):
 
 def student_of(folder, process, parametrisation):
     """The teacher's model with other weights."""
-    index = json.loads((folder / "model_index.json").read_text())
-    name = "unet" if "unet" in index else "transformer"
-    model = getattr(diffusers, index[name][1]).from_pretrained(folder, subfolder=name)
+    sample_size = (8, 8) if "Flux" in folder.parent.name else None
+    network = load_pretrained(folder, sample_size=sample_size).denoiser.network
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.mul_(1.02)
-    return Denoiser(Adapter(model), process, parametrisation).eval()
+    return Denoiser(network, process, parametrisation).eval()
 
 
 def add_lora(student):
@@ -113,14 +99,17 @@ def condition_of(pipe):
     """What the teacher's pipeline makes of the prompt."""
     kind = type(pipe).__name__
     if kind == "DiTPipeline":
-        return {"class_labels": torch.tensor([0])}
+        return torch.tensor([0])
     if kind == "DDPMPipeline":
-        return {}
+        return None
     asked = {
         "StableDiffusionPipeline": {"device": "cpu", "num_images_per_prompt": 1},
         "StableDiffusion3Pipeline": {"prompt_2": None, "prompt_3": None},
+        "FluxPipeline": {"prompt_2": None},
     }.get(kind, {})
-    encoded = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, **asked)
+    if kind != "FluxPipeline":
+        asked["do_classifier_free_guidance"] = False
+    encoded = pipe.encode_prompt(PROMPT, **asked)
     condition = {"encoder_hidden_states": encoded[0]}
     if kind == "StableDiffusionXLPipeline":
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -130,6 +119,8 @@ def condition_of(pipe):
         condition["encoder_attention_mask"] = encoded[1]
     if kind == "StableDiffusion3Pipeline":
         condition["pooled_projections"] = encoded[2]
+    if kind == "FluxPipeline":
+        condition |= {"pooled_projections": encoded[1], "guidance": torch.tensor([3.5])}
     return condition
 
 
@@ -137,7 +128,7 @@ def condition_of(pipe):
 def drawn_by_the_run(student, times, pipe, noise):
     """The image that the student's own sampler draws  # [3, H, W]"""
     condition = condition_of(pipe)
-    shape = (student.network.model.config.in_channels, 8, 8)
+    shape = student.network.sample_shape
     index = torch.tensor([3])
 
     def denoise(x_t, t):
@@ -149,6 +140,9 @@ def drawn_by_the_run(student, times, pipe, noise):
         x = pipe.vae.decode(x / config.scaling_factor + (config.shift_factor or 0)).sample
     streams = "latents", *(f"renoise-{k}" for k in range(1, len(times)))
     drawn = {f"{k}": noise.normal(stream, index, shape) for k, stream in enumerate(streams)}
+    if hasattr(pipe, "_pack_latents"):  # Flux renoises packed latents
+        for name in list(drawn)[1:]:
+            drawn[name] = pipe._pack_latents(drawn[name], 1, *shape)
     return (x[0] / 2 + 0.5).clamp(0, 1), drawn
 
 
@@ -161,8 +155,10 @@ def drawn(teachers, tmp_path_factory):
         student = student_of(teacher, process, parametrisation)
         if "lora" in name:
             add_lora(student)
-        merged = name.endswith("merged")
-        export_pipeline(student, times, teacher, home / name, merge_lora=merged)
+        options = {"merge_lora": name.endswith("merged")}
+        if kind == "FluxPipeline":
+            options["guidance"] = 3.5
+        export_pipeline(student, times, teacher, home / name, **options)
         pipe = diffusers.DiffusionPipeline.from_pretrained(teacher)
         expected[name], noises = drawn_by_the_run(student, times, pipe, Noise(11))
         safetensors.torch.save_file(noises, f"{home / name}.noise.safetensors")
@@ -277,6 +273,10 @@ def test_each_wrong_use_is_one_sentence(teachers, tmp_path):
         export_pipeline(flow, [1.0], dit, target)
     with pytest.raises(ValueError, match="Linear, not an adapter of a diffusers model"):
         export_pipeline(Denoiser(torch.nn.Linear(1, 1), DIT, Epsilon()), [400.0], dit, target)
+    with pytest.raises(
+        ValueError, match=r"guidance is 3.5, but this DiTTransformer2DModel is told"
+    ):
+        export_pipeline(student, [400.0], dit, target, guidance=3.5)
     assert not target.exists()
 
 

@@ -31,6 +31,8 @@ CASES = [
     (VP.dit(), Epsilon(), [999.0, 600.0, 17.0]),
     (VP.dit(), X0(), [640.0, 3.0]),
     (VP.dit(), V(), [1.0]),
+    (VP.cosine(), V(), [999.0, 500.0]),
+    (VP.cosine(), X0(), [700.0]),
     (RectifiedFlow(3.0), Flow(1000.0), [1.0]),
     (RectifiedFlow(3.0), Flow(1000.0), [0.97]),
     (RectifiedFlow(), Flow(1000.0), [1.0, 0.9, 0.75, 0.5]),
