@@ -8,6 +8,7 @@ student becomes a LoRA file and the scheduler, to be loaded onto the teacher's p
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastdistill.engine import lora_weights
 from fastdistill.engine.folder import dump_document, partial_name, write_file
 from fastdistill.engine.model_card import Card, write_card
+from fastdistill.engine.saved import load_denoiser
 from fastdistill.engine.stock_pipeline import StockPipeline, stock_pipeline
 from fastdistill.engine.stock_sampler import StockSampler, stock_sampler
 from fastdistill.models import Denoiser
@@ -32,10 +34,49 @@ _VARIANT = re.compile(r"(?<=model)\.\w+(?=\.safetensors$)|(?<=\.index)\.\w+(?=\.
 """The variant in a weights' name, as in model.fp16.safetensors, or in their index's."""
 
 
+def export(
+    run: str | Path,
+    to: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    merge_lora: bool = False,
+    guidance: float = 1.0,
+) -> Path:
+    """Write the student of a run as a pipeline folder of diffusers; see `export_pipeline`.
+
+    Args:
+        run: the run's folder, in which the student was saved.
+        to: the new folder.
+        teacher: the teacher's pipeline, where it is not where the run found it.
+        merge_lora: write a LoRA student's weights into the model.
+        guidance: the guidance scale that a model with embedded guidance was told.
+
+    Raises:
+        ValueError: for a run without a student; and what `export_pipeline` raises.
+    """
+    run = Path(run)
+    if not (run / "student").is_dir():
+        raise ValueError(f"{run} has no student/ yet; finish it with `fastdistill resume {run}`")
+    student, description = load_denoiser(run / "student")
+    if description.times is None:
+        raise ValueError(f"{run / 'student'} is no student: it has no times to be sampled at")
+    recipe, summary = run / "recipe.yaml", run / "summary.json"
+    return export_pipeline(
+        student,
+        description.times,
+        teacher or getattr(description.model, "source", None),
+        to,
+        merge_lora=merge_lora,
+        guidance=guidance,
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        metrics=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+    )
+
+
 def export_pipeline(
     student: Denoiser,
     times: Sequence[float],
-    teacher: str | Path,
+    teacher: str | Path | None,
     target: str | Path,
     *,
     merge_lora: bool = False,
@@ -75,6 +116,11 @@ def export_pipeline(
             "diffusers model; diffusers could not load it"
         )
     sampler = stock_sampler(student.process, student.parametrisation, times)
+    if teacher is None:
+        raise ValueError(
+            "nobody said where the teacher's pipeline is, whose other parts are exported too; give "
+            "its folder or its name on the Hub (teacher, or --teacher)"
+        )
     source = _teacher_folder(teacher)
     pipeline = stock_pipeline(source, network, sampler, guidance)
     model = network.model
