@@ -15,6 +15,7 @@ _PUBLIC = {
     "Job": "fastdistill.engine.job",
     "Noise": "fastdistill.diffusion",
     "Trainer": "fastdistill.engine.dropin",
+    "accelerate": "fastdistill.layers",
     "export": "fastdistill.engine.export",
     "functional": "fastdistill.functional",
     "load_denoiser": "fastdistill.engine.saved",

@@ -9,6 +9,8 @@ from fastdistill.ops.consistency import ConsistencyCotangent, consistency_cotang
 from fastdistill.ops.denoising import DenoisingCotangent, denoising_cotangent
 from fastdistill.ops.density_ratio import DensityRatioWeight, density_ratio_weight, log_snr_bin
 from fastdistill.ops.gaussian import Transported, gaussian_denoise, gaussian_transport
+from fastdistill.ops.glu import geglu, geglu_backward
+from fastdistill.ops.group_norm import group_norm_silu
 from fastdistill.ops.matching import MatchingCotangent, matching_cotangent
 from fastdistill.ops.mixture import MixtureDenoised, mixture_denoise
 from fastdistill.ops.noise import normal, uniform
@@ -36,6 +38,9 @@ __all__ = [
     "dequantise_moment",
     "gaussian_denoise",
     "gaussian_transport",
+    "geglu",
+    "geglu_backward",
+    "group_norm_silu",
     "load_extension",
     "log_snr_bin",
     "matching_cotangent",

@@ -56,7 +56,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Force every op inside the block onto one backend, for debugging and for tests.
 
     Args:
-        backend: ``"reference"`` (torch, any device, float64 too), ``"cpu"`` (C++) or ``"triton"``.
+        backend: ``"reference"`` (torch, any device, float64 too), ``"cpu"`` (C++; the layers' ops,
+            which have none, run their reference) or ``"triton"``.
 
     Raises:
         ValueError: for another name, or for ``"cpu"`` where the extension is not built.

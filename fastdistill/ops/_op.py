@@ -33,6 +33,8 @@ class Op:
         replicated: positions of tensor arguments without a batch dimension (DTensor keeps them
             whole); None where the whole batch is needed at once, so that nothing is sharded.
         summed: whether results are sums over the batch, so that those of shards add up.
+        native_cpu: whether C++ has a kernel; an op whose reference is torch's own CPU kernels in a
+            row has none, and runs its reference where others run C++.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Op:
         batch_outputs: int = 1,
         replicated: tuple[int, ...] | None = (),
         summed: bool = False,
+        native_cpu: bool = True,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -53,6 +56,8 @@ class Op:
         self._batch_outputs = batch_outputs
         self.summed = summed
         self._launchers: dict[str, Callable[..., Any]] = {"reference": reference}
+        if not native_cpu:
+            self._launchers["cpu"] = reference
         self._dtensor_ready = False
         _library.define(f"{name}{schema}")
         _library.impl(name, self._launch, "CompositeExplicitAutograd")
