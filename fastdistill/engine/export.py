@@ -8,6 +8,7 @@ student becomes a LoRA file and the scheduler, to be loaded onto the teacher's p
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.engine import lora_weights
 from fastdistill.engine.folder import dump_document, partial_name, write_file
 from fastdistill.engine.model_card import Card, write_card
 from fastdistill.engine.saved import load_denoiser
@@ -27,6 +27,7 @@ from fastdistill.engine.stock_pipeline import StockPipeline, stock_pipeline
 from fastdistill.engine.stock_sampler import StockSampler, stock_sampler
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import Adapter
+from fastdistill.models.lora import merge_lora as merge
 
 _UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
 """Weights that are not copied: they are unpickled, or of no use to torch."""
@@ -123,8 +124,8 @@ def export_pipeline(
         )
     source = _teacher_folder(teacher)
     pipeline = stock_pipeline(source, network, sampler, guidance)
-    model = network.model
-    as_lora = lora_weights.has_lora(model) and not merge_lora
+    has_lora = bool(getattr(network.model, "peft_config", None))
+    as_lora = has_lora and not merge_lora
     if as_lora and not pipeline.loads_lora:
         raise ValueError(
             f"{pipeline.name} of diffusers loads no LoRA files; merge the weights into the model "
@@ -135,9 +136,9 @@ def export_pipeline(
     try:
         partial.mkdir(parents=True)
         if as_lora:
-            lora_weights.save_lora(model, pipeline, partial)
+            _write_lora(network.model, pipeline, partial)
         else:
-            _write_model(model, partial / pipeline.component)
+            _write_model(_merged(network) if has_lora else network, partial / pipeline.component)
             _write_index(pipeline, sampler, partial)
             _copy_components(source, pipeline, partial)
         _write_scheduler(sampler, partial / "scheduler")
@@ -162,13 +163,41 @@ def _teacher_folder(teacher: str | Path) -> Path:
     return Path(DiffusionPipeline.download(str(teacher)))
 
 
-def _write_model(model: Any, folder: Path) -> None:
+def _merged(network: Adapter) -> Adapter:
+    """A copy with the LoRA updates in the model's weights."""
+    copied = copy.deepcopy(network)
+    merge(copied)
+    return copied
+
+
+def _write_model(network: Adapter, folder: Path) -> None:
     """Write the model by its own class, from weights that share no memory with an arena."""
-    weights = lora_weights.merged_state(model)
+    model = network.model
     with torch.device("meta"):
         fresh = type(model).from_config(model.config)
-    fresh.load_state_dict({name: _own(value) for name, value in weights.items()}, assign=True)
+    weights = {name: _own(value) for name, value in model.state_dict().items()}
+    fresh.load_state_dict(weights, assign=True)
     fresh.save_pretrained(folder, safe_serialization=True)
+
+
+def _write_lora(model: Any, pipeline: StockPipeline, folder: Path) -> None:
+    """Write ``pytorch_lora_weights.safetensors`` as the pipeline's ``load_lora_weights`` reads it.
+
+    Raises:
+        ValueError: for a model with several adapters.
+    """
+    import diffusers
+    from peft import get_peft_model_state_dict
+
+    if len(model.peft_config) != 1:
+        raise ValueError(f"the student has {len(model.peft_config)} LoRA adapters; expected one")
+    (adapter,) = model.peft_config
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    options = {
+        f"{pipeline.component}_lora_layers": {name: _own(weights[name]) for name in weights},
+        f"{pipeline.component}_lora_adapter_metadata": model.peft_config[adapter].to_dict(),
+    }
+    getattr(diffusers, pipeline.name).save_lora_weights(folder, **options)
 
 
 def _own(value: Tensor) -> Tensor:

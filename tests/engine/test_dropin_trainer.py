@@ -17,6 +17,7 @@ from fastdistill.config import OptimizerSettings, TrainingSettings
 from fastdistill.diffusion import VP, Epsilon, Uniform
 from fastdistill.engine.dropin import OBJECTIVES
 from fastdistill.models import Denoiser
+from fastdistill.models.lora import add_lora
 from fastdistill.models.pretrained import load_pretrained
 from fastdistill.objectives import DistributionMatching
 
@@ -145,16 +146,17 @@ def test_data_are_tensors_datasets_loaders_or_folders(dit, tmp_path):
         assert torch.equal(batches[0].condition, other.condition)
 
 
+def prompt(row):
+    generator = torch.Generator().manual_seed(row)
+    return {
+        "encoder_hidden_states": torch.randn(16, 64, generator=generator),
+        "text_embeds": torch.randn(32, generator=generator),
+        "time_ids": torch.tensor([16.0, 16, 0, 0, 16, 16]),
+    }
+
+
 def test_prompts_alone_train_sdxl_with_guidance(sdxl):
     """Embeddings without samples; the network's own zeros are the null condition, sizes kept."""
-
-    def prompt(row):
-        generator = torch.Generator().manual_seed(row)
-        return {
-            "encoder_hidden_states": torch.randn(16, 64, generator=generator),
-            "text_embeds": torch.randn(32, generator=generator),
-            "time_ids": torch.tensor([16.0, 16, 0, 0, 16, 16]),
-        }
 
     options = {"guidance_scale": 7.5, "student_times": (399.0,), **SMALL}
     trainer = fastdistill.Trainer(sdxl, "dmd", Items(prompt), **options)
@@ -199,6 +201,19 @@ def test_every_part_can_be_replaced(dit):
     whole = fastdistill.Trainer(dit, objective, labelled(), **SMALL)
     assert whole.objective is objective
     assert whole.student_times == [900.0, 400.0]
+
+
+def test_a_student_with_lora_layers_is_whole_afterwards(sdxl, tmp_path):
+    student = load_pretrained(sdxl).denoiser
+    add_lora(student.network, rank=2)
+    prompts = Items(prompt)
+    trainer = fastdistill.Trainer(sdxl, "dmd", prompts, student=student.train(), **SMALL).fit()
+    made = trainer.student.network.model.state_dict()
+    teacher = trainer.teacher.network.model.state_dict()
+    assert all(torch.equal(value, made[name]) for name, value in teacher.items() if name in made)
+    assert any(value.any() for name, value in made.items() if "lora_B" in name)
+    trainer.export(tmp_path / "lora")
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_bfloat16_computes_low_and_keeps_high(dit):
