@@ -67,13 +67,13 @@ def make_pipeline(folder: Path, small: bool) -> Any:
     import diffusers
 
     torch.manual_seed(0)
-    widths, layers = ((8, 16), 1) if small else ((64, 128), 2)
+    widths, layers = ((8, 16), 1) if small else ((32, 64), 1)
     unet = diffusers.UNet2DConditionModel(
         sample_size=SIZE,
         block_out_channels=widths,
         layers_per_block=layers,
         norm_num_groups=4,
-        attention_head_dim=8 if small else 32,
+        attention_head_dim=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
