@@ -213,6 +213,27 @@ def encode(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option("--to", help="The new folder.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher's pipeline, where it has moved since.")
+    ] = None,
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="Write LoRA weights into the model.")
+    ] = False,
+    guidance: Annotated[
+        float, typer.Option(help="What a model with embedded guidance was told; 1 is nothing.")
+    ] = 1.0,
+) -> None:
+    """Write a run's student as a pipeline folder that diffusers loads alone."""
+    from fastdistill.engine.export import export as write
+
+    folder = write(run, to, teacher=teacher, merge_lora=merge_lora, guidance=guidance)
+    say(f"{folder} holds the student; its README.md says how diffusers samples it")
+
+
+@app.command()
 def bench(
     ops: Annotated[str | None, typer.Option(help="Ops with commas between; all if absent.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
