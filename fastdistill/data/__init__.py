@@ -2,8 +2,7 @@
 
 from fastdistill.data.base import Data, Order, RealBatch
 from fastdistill.data.digits import digits
+from fastdistill.data.labels import Labels
 from fastdistill.data.memory import InMemoryData
 
-__all__ = ["DATA_SETS", "Data", "InMemoryData", "Order", "RealBatch", "digits"]
-
-DATA_SETS = {"digits": digits}
+__all__ = ["Data", "InMemoryData", "Labels", "Order", "RealBatch", "digits"]
