@@ -95,7 +95,7 @@ def sample(
     if path.suffix == ".npy":
         numpy.save(path, samples.cpu().numpy())
     else:
-        drawing.save_samples(path, pictures, samples)
+        drawing.save_grid(path, {"student": samples}, pictures)
     say(f"{count} images: {path}")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from fastdistill.choices import EncodedSet, ImageSet, LabelSet
@@ -31,4 +34,8 @@ def open_data(recipe: Recipe, teacher: SavedDenoiser, device: torch.device) -> D
             f"recipe {recipe.name} needs data: make a set with `fastdistill encode`, and give "
             "data=FOLDER"
         )
+    raise NotImplementedError
+
+
+def open_encoded(folder: Path | str, device: torch.device, network: Any) -> Data:
     raise NotImplementedError

@@ -31,6 +31,8 @@ from fastdistill.config import (
 )
 from fastdistill.data import Data, digits
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.devices import choose_device
+from fastdistill.engine.drawing import save_grid
 from fastdistill.engine.folder import write_text
 from fastdistill.engine.inputs import open_data
 from fastdistill.engine.judge import Judge
@@ -238,7 +240,7 @@ class Job:
             )
         if not self.ranks.is_first:
             return None
-        self.judge.save_grid(self.folder / "grid.png", columns)
+        save_grid(self.folder / "grid.png", columns, self.judge.pictures)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.folder, recipe, summary)
         return summary
@@ -331,7 +333,7 @@ class Job:
         if scores:
             log.write_scores(trainer.stage, trainer.step, scores)
         path = self.folder / "samples" / f"{trainer.stage}-{trainer.step:09d}.png"
-        self.judge.save_grid(path, {f"step {trainer.step}": samples})
+        save_grid(path, {f"step {trainer.step}": samples[:100]}, self.judge.pictures)
 
     def _check_batches(self) -> None:
         """Make sure that the ranks can share every stage's batches, before anything is loaded."""
@@ -368,25 +370,3 @@ def start_ranks(recipe: Recipe) -> Ranks:
     """The processes that torchrun started, or this one alone."""
     device = choose_device(recipe.device)
     return Ranks.start(str(device), recipe.parallel.timeout)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a recipe; auto is a GPU where there is one.
-
-    Raises:
-        RecipeError: for a device that this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; use cpu, or "
-            "install a CUDA build of torch"
-        )
-    return device

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,15 +141,6 @@ class Judge:
         summary["speedup"] = seconds["teacher"] / seconds["student"]
         summary["peak_memory_gib"] = memory_in_use(self.device)
         return summary, columns
-
-    def save_grid(self, path: Path, columns: dict[str, Tensor]) -> None:
-        """Draw columns of samples under their titles."""
-        path.parent.mkdir(exist_ok=True)
-        pictures = [(title, self.pictures(samples[:_GRID])) for title, samples in columns.items()]
-        count = max(len(images) for _, images in pictures)
-        per_row = min(10, count)
-        note = self.pictures.note
-        sampling.save_grid(path, pictures, -(-count // per_row), per_row, note)
 
     def _noise(self) -> Noise:
         return Noise(self.recipe.seed, self.device).at(sampling.EVALUATION_STEP)
