@@ -24,6 +24,7 @@ from pydantic import (
 
 from fastdistill.choices import (
     DataChoice,
+    FolderPath,
     LawChoice,
     ModelChoice,
     ParametrisationChoice,
@@ -262,6 +263,8 @@ class Recipe(Settings):
     """The distillation method."""
     warmup: WarmupSettings | None = None
     """Regression before the distillation; null goes without."""
+    start: FolderPath = None
+    """A saved student to start at, as another run's student/; null is a copy of the teacher."""
     training: TrainingSettings
     """The distillation."""
     parallel: ParallelSettings = ParallelSettings()
@@ -293,6 +296,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _model_and_data_fit(self) -> Recipe:
+        if self.warmup is not None and self.start is not None:
+            raise ValueError("start is set, but a student that starts elsewhere needs no warmup")
         if self.model.name == "pretrained" and self.teacher.training is not None:
             raise ValueError("teacher.training is set, but a pretrained model is not trained here")
         if self.model.name == "digits":

@@ -94,5 +94,5 @@ def _conditions(
     folder = data or getattr(load_recipe(run / "recipe.yaml").data, "path", None)
     if folder is None:
         raise ValueError(f"{run} has no prompts; give --data, a folder that encode made")
-    found = open_encoded(folder, device, student.network)
-    return Conditions(found.batch(seed=0, step=0, count=count).condition)
+    found = open_encoded(folder, student.network).batch(seed=0, step=0, count=count)
+    return Conditions({name: value.to(device) for name, value in found.condition.items()})

@@ -43,7 +43,6 @@ from fastdistill.engine.roles import (
     checkpoint_blocks,
     describe_digits,
     describe_student,
-    load_student,
     load_teacher,
     make_frozen,
     make_objective,
@@ -197,15 +196,16 @@ class Job:
         self._fit(trainer, newest, log)
         self._save_averaged(trainer, self.folder / "teacher", self.description)
 
-    def _warm_up(self, newest: Checkpoint | None, log: RunLog | None) -> Denoiser | None:
-        """Where the student of the distillation starts: at the teacher if None."""
+    def _warm_up(self, newest: Checkpoint | None, log: RunLog | None) -> Path | None:
+        """The saved student that the distillation starts at; it is the teacher's copy if None."""
         recipe, settings = self.recipe, self.recipe.warmup
         if settings is None:
-            return None
+            return Path(recipe.start) if recipe.start else None
         folder = self.folder / "warmup"
         if newest is None or newest.stage != "distill":
             teacher = self._take_teacher()
-            frozen, student = make_frozen(recipe, teacher), make_student(recipe, teacher)
+            frozen = make_frozen(recipe, teacher)
+            student = make_student(recipe, teacher, frozen)
             del teacher
             self._prepare(frozen, student)
             pairs = self._pairs(settings)
@@ -221,10 +221,10 @@ class Job:
             trainer = self._trainer("warmup", objective, settings.training, log, pairs)
             self._fit(trainer, newest if newest and newest.stage == "warmup" else None, log)
             self._save_averaged(trainer, folder, self._student_description())
-        return load_student(recipe, folder, self.device)
+        return folder
 
     def _distill(
-        self, start: Denoiser | None, newest: Checkpoint | None, log: RunLog | None
+        self, start: Path | None, newest: Checkpoint | None, log: RunLog | None
     ) -> dict[str, Any] | None:
         """The stage of the distillation, and what it made."""
         recipe = self.recipe

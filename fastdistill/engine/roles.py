@@ -18,6 +18,7 @@ from fastdistill.engine.saved import (
     SavedDenoiser,
     is_saved_denoiser,
     load_denoiser,
+    load_weights,
 )
 from fastdistill.models import Denoiser
 from fastdistill.objectives import (
@@ -133,7 +134,7 @@ def _check_architecture(name: str | None, found: dict[str, Any], path: str) -> N
 
 
 def make_objective(
-    recipe: Recipe, teacher: Denoiser, student: Denoiser | None = None
+    recipe: Recipe, teacher: Denoiser, start: Path | None = None
 ) -> DistributionMatching:
     """The recipe's objective, with student and critic that start as copies of the teacher.
 
@@ -141,17 +142,20 @@ def make_objective(
         recipe: what is run.
         teacher: as `load_teacher` gives it. It may become the critic, so that no more copies are
             made than the run needs: use the objective's own teacher afterwards.
-        student: where the student starts, as after a warm-up; at the teacher if None.
+        start: a saved student to begin with, as a warm-up's.
     """
     settings = recipe.objective
-    frozen, student = make_frozen(recipe, teacher), student or make_student(recipe, teacher)
-    critic = teacher
-    if isinstance(recipe.model, PretrainedModel) and recipe.model.critic_lora is not None:
+    frozen = make_frozen(recipe, teacher)
+    student = make_student(recipe, teacher, frozen)
+    if start is not None:
+        load_weights(start, student)
+    rank = _rank(recipe, "critic_lora")
+    if rank is None:
+        critic = teacher.requires_grad_(True).train()
+    else:
         from fastdistill.models.lora import shared_lora_critic
 
-        critic = shared_lora_critic(frozen, recipe.model.critic_lora)
-    else:
-        critic.requires_grad_(True).train()
+        critic = shared_lora_critic(frozen, rank, seed=recipe.seed + 3)
     discriminator = None
     if settings.needs_discriminator:
         with torch.random.fork_rng(devices=[]):
@@ -181,19 +185,27 @@ def make_frozen(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     return frozen
 
 
-def make_student(recipe: Recipe, teacher: Denoiser) -> Denoiser:
-    """A copy of the teacher to be trained: all of it, or low-rank weights upon it."""
-    student = copy.deepcopy(teacher).train()
-    if not isinstance(recipe.model, PretrainedModel) or recipe.model.student_lora is None:
-        return student.requires_grad_(True)
+def make_student(recipe: Recipe, teacher: Denoiser, frozen: Denoiser) -> Denoiser:
+    """The student as it starts: a copy of the teacher, or low-rank weights upon the frozen one's.
+
+    Args:
+        recipe: what is run.
+        teacher: in float32.
+        frozen: the teacher of the run, whose weights low-rank ones share.
+    """
+    rank = _rank(recipe, "student_lora")
+    if rank is None:
+        return copy.deepcopy(teacher).requires_grad_(True).train()
     from fastdistill.models.lora import add_lora
 
-    if recipe.training.precision == "bfloat16":
-        student.network.to(torch.bfloat16)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed + 2)
-        add_lora(student.network, recipe.model.student_lora)
+    shared = {id(value): value for value in (*frozen.parameters(), *frozen.buffers())}
+    student = copy.deepcopy(frozen, shared).train()
+    add_lora(student.network, rank, seed=recipe.seed + 2)
     return student
+
+
+def _rank(recipe: Recipe, role: str) -> int | None:
+    return getattr(recipe.model, role, None)
 
 
 def describe_student(recipe: Recipe, teacher: DenoiserDescription) -> DenoiserDescription:
@@ -202,14 +214,6 @@ def describe_student(recipe: Recipe, teacher: DenoiserDescription) -> DenoiserDe
     if isinstance(recipe.model, PretrainedModel) and isinstance(model, DiffusersModel):
         model = model.model_copy(update={"lora": recipe.model.student_lora})
     return teacher.model_copy(update={"model": model, "times": recipe.objective.student_times})
-
-
-def load_student(recipe: Recipe, folder: Path, device: torch.device) -> Denoiser:
-    """A saved student to be trained on."""
-    student = load_denoiser(folder, device).denoiser.train()
-    if isinstance(recipe.model, PretrainedModel) and recipe.model.student_lora is not None:
-        return student  # its low-rank weights alone are trained
-    return student.requires_grad_(True)
 
 
 def checkpoint_blocks(objective: Objective) -> None:

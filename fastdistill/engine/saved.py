@@ -106,6 +106,24 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Sav
     return SavedDenoiser(denoiser.to(device).eval(), description)
 
 
+def load_weights(folder: Path, denoiser: Denoiser) -> None:
+    """Fill a denoiser with the weights of a saved one of its kind.
+
+    Of a network with LoRA weights these alone are read: the base is what it is.
+
+    Raises:
+        DamagedFolderError: for a folder that is not whole.
+        ValueError: for weights of another network.
+    """
+    check_folder(folder)
+    rebuilt: frozenset[str] = getattr(denoiser.network, "rebuilt", frozenset())
+    tensors = read_tensors(folder, "model")
+    weights = {name: value for name, value in tensors.items() if name not in rebuilt}
+    missing, unknown = denoiser.network.load_state_dict(weights, strict=False)
+    if unknown or set(missing) - rebuilt:
+        raise ValueError(f"{folder}: the weights are those of another network")
+
+
 class _WithoutInitialisation(TorchFunctionMode):
     """Leaves weights as they are where torch.nn.init would set them, since they are loaded next."""
 
