@@ -41,7 +41,6 @@ from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
 from fastdistill.engine.roles import (
     checkpoint_blocks,
-    describe_digits,
     describe_student,
     load_teacher,
     make_frozen,
@@ -95,7 +94,7 @@ class Job:
         if recipe.model.name == "digits":
             images = digits().to(self.device)
             self.data: Data = images
-            self.description = describe_digits(recipe, images.shape, images.classes)
+            self.description = DenoiserDescription.of(recipe, images.shape, images.classes)
         if recipe.teacher.training is None:
             self._loaded = load_teacher(recipe, self.device)
             self.description = self._loaded.description

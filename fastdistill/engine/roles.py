@@ -11,7 +11,6 @@ import torch
 
 from fastdistill.choices import DigitsModel, PretrainedModel
 from fastdistill.config import Recipe, RecipeError
-from fastdistill.diffusion import EDM, EDMPreconditioning
 from fastdistill.engine.saved import (
     DenoiserDescription,
     DiffusersModel,
@@ -56,23 +55,12 @@ def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> SavedDen
     return teacher
 
 
-def describe_digits(recipe: Recipe, shape: tuple[int, ...], classes: int) -> DenoiserDescription:
-    """What the digits' networks are, as the recipe says."""
-    if not isinstance(recipe.model, DigitsModel):
-        raise RecipeError(f"model {recipe.model.name} takes its description from its teacher")
-    return DenoiserDescription(
-        model=recipe.model,
-        shape=shape,
-        classes=classes,
-        process=recipe.process or EDM(),
-        parametrisation=recipe.parametrisation or EDMPreconditioning(),
-    )
-
-
 def _load_pretrained(recipe: Recipe, path: str, device: torch.device | str) -> SavedDenoiser:
-    from fastdistill.models.pretrained import load_pretrained
+    from fastdistill.models.pretrained import load_pretrained, read_model_config
 
     assert isinstance(recipe.model, PretrainedModel)
+    found = read_model_config(path, revision=recipe.teacher.revision)
+    _check_architecture(recipe.model.config, found, path)
     loaded = load_pretrained(
         path,
         device=device,

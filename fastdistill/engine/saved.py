@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdistill.choices import DigitsModel, ParametrisationChoice, ProcessChoice, Settings
+from fastdistill.config import Recipe
+from fastdistill.diffusion import EDM, EDMPreconditioning
 from fastdistill.engine.folder import MANIFEST, check_folder, commit_folder, read_document
 from fastdistill.engine.shards import read_tensors
 from fastdistill.models import Denoiser
@@ -42,6 +44,23 @@ class DenoiserDescription(Settings):
     times: tuple[float, ...] | None = None
     """A student's times from the noisiest on; None for a denoiser that is sampled by an ODE."""
 
+    @classmethod
+    def of(cls, recipe: Recipe, shape: tuple[int, ...], classes: int) -> DenoiserDescription:
+        """The description of the networks of a recipe that trains its own teacher.
+
+        Raises:
+            ValueError: for a recipe whose networks are what its teacher is.
+        """
+        if not isinstance(recipe.model, DigitsModel):
+            raise ValueError(f"model {recipe.model.name} takes its description from its teacher")
+        return cls(
+            model=recipe.model,
+            shape=shape,
+            classes=classes,
+            process=recipe.process or EDM(),
+            parametrisation=recipe.parametrisation or EDMPreconditioning(),
+        )
+
     def build(self, seed: int = 0) -> Denoiser:
         """A denoiser with fresh weights, which depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
@@ -52,11 +71,12 @@ class DenoiserDescription(Settings):
         model = self.model
         if isinstance(model, DigitsModel):
             return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
-        from fastdistill.models.lora import add_lora
         from fastdistill.models.pretrained import build_network
 
-        network = build_network(model.config)
+        network = build_network(model.config, sample_size=(self.shape[1], self.shape[2]))
         if model.lora is not None:
+            from fastdistill.models.lora import add_lora
+
             add_lora(network, model.lora)
         return network
 

@@ -33,6 +33,7 @@ __all__ = [
     "load_pretrained",
     "parametrisation_of",
     "process_of",
+    "read_model_config",
 ]
 
 _VP_SCHEDULERS = {
@@ -117,10 +118,7 @@ def load_pretrained(
             architecture that has no adapter, or a scheduler that is not known or contradicts it.
     """
     hub = {"revision": revision}
-    folder, part = _find_model(source, subfolder, hub)
-    config = _read_config(folder, part, "config.json", hub)
-    if config is None:
-        raise ValueError(f"{_place(folder, part)} has no config.json; expected a diffusers model")
+    folder, part, config = _find_config(source, subfolder, hub)
     name = config.get("_class_name")
     if name not in ADAPTERS:
         raise ValueError(
@@ -308,6 +306,17 @@ def _check_variance(scheduler: Mapping[str, Any], model: Mapping[str, Any]) -> N
             f"{scheduler['variance_type']!r}), but {model.get('_class_name')} has {outputs} output "
             f"channels for {inputs} input channels; expected {2 * inputs}"
         )
+
+
+def _find_config(
+    source: str | Path, subfolder: str | None, hub: Mapping[str, Any]
+) -> tuple[str, str | None, dict[str, Any]]:
+    """The source, the part of it that is the denoising network, and the part's configuration."""
+    folder, part = _find_model(source, subfolder, hub)
+    config = _read_config(folder, part, "config.json", hub)
+    if config is None:
+        raise ValueError(f"{_place(folder, part)} has no config.json; expected a diffusers model")
+    return folder, part, config
 
 
 def _find_model(
