@@ -113,7 +113,7 @@ def _check_architecture(name: str | None, found: dict[str, Any], path: str) -> N
     from fastdistill.models.configs import model_configuration
 
     for key, want in model_configuration(name).items():
-        have = found.get(key)
+        have = found.get(key, want)  # what a file leaves out has diffusers' default
         if (list(have) if isinstance(have, tuple) else have) != want:
             raise RecipeError(
                 f"teacher {path} has {key} {have}, but the recipe is for {name}, which has {want}; "

@@ -140,6 +140,17 @@ def load_pretrained(
     return Pretrained(denoiser.requires_grad_(False).eval(), found, model_config, str(source))
 
 
+def read_model_config(
+    source: str | Path, *, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """The configuration of the model that `load_pretrained` would load; no weights are read.
+
+    Raises:
+        ValueError: for a source that holds no model.
+    """
+    return _find_config(source, subfolder, {"revision": revision})[2]
+
+
 def process_of(scheduler_config: Mapping[str, Any], tokens: int | None = None) -> Process:
     """The forward process that a diffusers scheduler belongs to.
 
