@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from fastdistill.models.denoiser import Condition
 
@@ -54,8 +54,11 @@ class Adapter(nn.Module, abc.ABC):
         super().__init__()
         self.model: Any = model
         self.recompute = False
+        self.checkpoint_context = noop_context_fn
+        """What surrounds the forward and the recomputation of a checkpointed block."""
         self.rebuilt: frozenset[str] = frozenset()
-        """Names of tensors that are found elsewhere, as a LoRA student's base in its teacher."""
+        """Names of weights that are found elsewhere, as a LoRA student's base in its teacher, and
+        that checkpoints leave out."""
         size = sample_size if sample_size is not None else self._configured_size()
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (self._sample_channels(), height, width)
@@ -165,7 +168,7 @@ class Adapter(nn.Module, abc.ABC):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.recompute = True
-        self.model.enable_gradient_checkpointing()
+        self.model.enable_gradient_checkpointing(self._recomputing)
 
     def check_condition(self, condition: Condition, batch: int) -> None:
         """Make sure that a condition is what the model needs.
@@ -235,8 +238,13 @@ class Adapter(nn.Module, abc.ABC):
     def _call(self, block: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         """Call a block of a transformer, recomputing it in the backward pass where that is on."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False, **keywords)
+            return self._recomputing(block, *arguments, **keywords)
         return block(*arguments, **keywords)
+
+    def _recomputing(self, block: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        return checkpoint(
+            block, *arguments, use_reentrant=False, context_fn=self.checkpoint_context, **keywords
+        )
 
     def _raw(self, output: Tensor, model_input: Tensor) -> Tensor:
         """The prediction alone, where the model also predicts a variance."""

@@ -34,9 +34,6 @@ class _UNet(Adapter):
             shapes[f"up_blocks.{k}"] = (block.resnets[-1].out_channels, *sizes[-1])
         return shapes
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.model.enable_gradient_checkpointing()
-
     def _default_features(self) -> list[str]:
         """The middle block: the smallest maps with the widest view."""
         last = f"down_blocks.{len(self.model.down_blocks) - 1}"
