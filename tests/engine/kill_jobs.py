@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from small_jobs import overrides
 
-import fastdistill.engine.job
 from fastdistill import cli
 from fastdistill.engine.trainer import Trainer
 
@@ -101,8 +100,8 @@ def kills(folder: Path, names: list[str]) -> None:
 
 MODES = {
     "resident": (4, 2, "resident"),
-    "fsdp": (4, 2, "fsdp"),
-    "single": (1, 4, "resident"),
+    "fsdp": (4, 1, "single"),
+    "single": (1, 2, "fsdp"),
 }
 """Ranks that are killed in a mode, and ranks and mode that continue."""
 
@@ -110,12 +109,9 @@ MODES = {
 _STEADY = [f"{part}.eps=1.0e-3" for part in ("training.student", "training.critic")]
 _SETTINGS = [
     *_STEADY,
-    "warmup.training.student.eps=1.0e-3",
     "training.discriminator.eps=1.0e-3",
     "training.sample_every=null",
     "training.steps=4",
-    "warmup.pairs=4",
-    "warmup.training.steps=2",
     "evaluation={samples: 2, samples_during_training: 2}",
     "parallel.largest_unit=30000",
     "parallel.timeout=60",
@@ -123,7 +119,7 @@ _SETTINGS = [
 
 
 def modes(folder: Path) -> None:
-    name = "sdxl_dmd2_1step"
+    name = "sdxl_dmd2_4step"
     settings = [*overrides(name, folder), *_SETTINGS]
     assert command("train", name, *settings, "-o", str(folder / "alone")) == [0]
     for mode, (before, after, continued) in MODES.items():
@@ -132,7 +128,8 @@ def modes(folder: Path) -> None:
         chosen = [*settings, f"parallel.mode={mode}", "-o", run]
         ends = command("train", name, *chosen, death=death, ranks=ranks)
         assert ends == [*[1] * (before - 1), -signal.SIGKILL], (mode, ends)
-        ends = command("resume", run, f"parallel.mode={continued}", ranks=after)
+        ranks = after if after > 1 else 0
+        ends = command("resume", run, f"parallel.mode={continued}", ranks=ranks)
         assert ends == [0] * after, (mode, ends)
 
 
