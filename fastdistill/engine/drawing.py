@@ -35,7 +35,7 @@ def draw(
         count: number of samples.
         seed: of the noise.
         label: class of all samples; classes in turn if None.
-        data: encoded prompts; those of the run if None.
+        data: encoded prompts, taken in their order; those of the run if None.
         device: where samples are made.
         batch: samples that are made together.
 
@@ -94,5 +94,6 @@ def _conditions(
     folder = data or getattr(load_recipe(run / "recipe.yaml").data, "path", None)
     if folder is None:
         raise ValueError(f"{run} has no prompts; give --data, a folder that encode made")
-    found = open_encoded(folder, student.network).batch(seed=0, step=0, count=count)
-    return Conditions({name: value.to(device) for name, value in found.condition.items()})
+    found = open_encoded(folder, student.network)
+    condition = found.rows([row % len(found) for row in range(count)]).condition
+    return Conditions({name: value.to(device) for name, value in condition.items()})

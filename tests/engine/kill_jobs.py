@@ -133,8 +133,26 @@ def modes(folder: Path) -> None:
         assert ends == [0] * after, (mode, ends)
 
 
+def low_rank(folder: Path) -> None:
+    """LoRA student and critic, whose base is the teacher's, alone and over two sharded ranks."""
+    settings = [*overrides("dit_xl2_256", folder), *_STEADY, *_LOW_RANK]
+    for kind, ranks in (("alone", 0), ("fsdp", 2)):
+        run = str(folder / f"low-rank-{kind}")
+        assert set(command("train", "dit_xl2_256", *settings, "-o", run, ranks=ranks)) == {0}
+
+
+_LOW_RANK = [
+    "model.student_lora=2",
+    "model.critic_lora=2",
+    "training.precision=bfloat16",
+    "training.sample_every=null",
+    "parallel.largest_unit=4000",
+]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "kills":
         kills(Path(sys.argv[2]), sys.argv[3:])
     else:
         modes(Path(sys.argv[2]))
+        low_rank(Path(sys.argv[2]))

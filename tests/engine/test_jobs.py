@@ -106,8 +106,7 @@ def test_low_rank_roles_share_one_set_of_base_weights(teachers, tmp_path):
 def test_a_low_rank_student_is_saved_whole_and_checkpointed_without_its_base(low_rank, teachers):
     student = load_denoiser(low_rank / "student")
     assert student.description.model.lora == 2
-    samples, _ = draw(low_rank, 3, data=teachers / "sdxl-data")
-    assert torch.isfinite(samples).all()
+    assert Job.open(low_rank, lambda line: None).evaluate()["evaluations_student"] == 4
     [newest] = sorted((low_rank / "checkpoints").glob("distill-*06"))
     kept = read_tensors(newest, "networks")
     assert kept
@@ -132,6 +131,18 @@ def test_a_student_starts_where_another_run_ended(low_rank, teachers, tmp_path):
         assert torch.equal(value.float(), saved[name]), name
     with pytest.raises(ValueError, match="those of another network"):
         run(tmp_path / "full", small_job("sdxl_dmd2_4step", teachers, start[-1]))
+
+
+def test_samples_follow_the_prompts_in_their_order(low_rank, teachers):
+    """More than there are begin anew; another seed is another noise."""
+    samples, _ = draw(low_rank, small_teachers.ROWS + 1)
+    assert torch.isfinite(samples).all()
+    again, _ = draw(low_rank, 3, data=teachers / "sdxl-data", batch=2)
+    torch.testing.assert_close(again, samples[:3], rtol=1e-4, atol=1e-4)
+    other, _ = draw(low_rank, 3, seed=1)
+    assert not torch.allclose(other, samples[:3], atol=1e-2)
+    with pytest.raises(ValueError, match="--label is 0; expected none: no classes"):
+        draw(low_rank, 1, label=0)
 
 
 def pairs(teachers: Path, folder: Path) -> tuple[PairData, Job]:

@@ -69,3 +69,15 @@ def test_a_killed_job_that_continues_over_other_processes_ends_with_the_same_stu
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
     travelled = max(float((alone[name] - start[name]).abs().max()) for name in alone)
     assert travelled > 1e-4, "the tolerance says something"
+
+
+@pytest.mark.slow
+def test_low_rank_roles_upon_a_shared_base_are_the_same_over_sharded_ranks(moved):
+    alone, found = (
+        load_file(moved / f"low-rank-{kind}" / "student" / "model.safetensors")
+        for kind in ("alone", "fsdp")
+    )
+    updates = [name for name in alone if "lora_B" in name]
+    assert max(float(alone[name].abs().max()) for name in updates) > 1e-3
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
