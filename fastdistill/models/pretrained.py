@@ -326,7 +326,14 @@ def _find_config(
     folder, part = _find_model(source, subfolder, hub)
     config = _read_config(folder, part, "config.json", hub)
     if config is None:
-        raise ValueError(f"{_place(folder, part)} has no config.json; expected a diffusers model")
+        if Path(folder).is_dir():
+            raise ValueError(
+                f"{_place(folder, part)} has no config.json; expected a diffusers model"
+            )
+        raise ValueError(
+            f"{_place(folder, part)} is neither a folder nor a diffusers model that the Hub, or "
+            "its cache here, gives"
+        )
     return folder, part, config
 
 
@@ -383,13 +390,10 @@ def _download(repository: str, file: str, hub: Mapping[str, Any]) -> str | None:
 
     try:
         return hf_hub_download(repository, file, **hub)
-    except EntryNotFoundError:
+    except (EntryNotFoundError, HFValidationError):
         return None
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"{repository} is neither a folder nor a repository that the Hub gives: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{repository}: {str(error).splitlines()[0]}") from error
 
 
 def _load_model(
