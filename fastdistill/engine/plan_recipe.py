@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastdistill.choices import DigitsModel
 from fastdistill.config import Recipe
 from fastdistill.data import RealBatch, digits
 from fastdistill.diffusion import EDM, VP, EDMPreconditioning, Epsilon, Flow, RectifiedFlow
@@ -96,6 +97,7 @@ def job_of_recipe(
 
 def _digits_job(recipe: Recipe) -> PlannedJob:
     model, shape, classes = recipe.model, digits().shape, digits().classes
+    assert isinstance(model, DigitsModel)
 
     def teacher() -> Denoiser:
         network = DigitsNetwork(shape, classes, model.width, model.blocks)
@@ -128,9 +130,9 @@ def _samples(recipe: Recipe, batch: int, shape: tuple[int, ...]) -> torch.Tensor
 def _configuration(recipe: Recipe, given: str | Path | None) -> dict[str, Any]:
     """The diffusers configuration of the recipe's model."""
     source = given
-    if source is None:
-        path = recipe.teacher.path
-        source = path if path is not None and Path(path).exists() else None
+    teacher = recipe.teacher.path
+    if source is None and teacher is not None and Path(teacher).exists():
+        source = teacher
     if source is None:
         source = getattr(recipe.model, "config", None)
     if source is None:
