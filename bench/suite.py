@@ -14,6 +14,8 @@ from bench import (
     bench_denoising,
     bench_density_ratio,
     bench_gaussian,
+    bench_glu,
+    bench_group_norm,
     bench_matching,
     bench_mixture,
     bench_noise,
@@ -40,6 +42,8 @@ OPS: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "modulated_norm": bench_tokens.norms,
     "gated_residual": bench_tokens.residuals,
     "rms_norm_rope": bench_tokens.ropes,
+    "geglu": bench_glu.cases,
+    "group_norm_silu": bench_group_norm.cases,
     "normal": bench_noise.cases,
     "density_ratio_weight": bench_density_ratio.cases,
 }
