@@ -1,4 +1,4 @@
-"""The command line: train, resume, sample, evaluate, info, bench."""
+"""The command line: train, resume, sample, evaluate, encode, info, bench."""
 
 from __future__ import annotations
 
@@ -120,6 +120,49 @@ def evaluate(run: RunFolder) -> None:
     student = load_denoiser(run / "student", job.device).denoiser
     summary, _ = job.evaluate(teacher, student)
     _print_comparison(summary)
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of images, tar shards, safetensors files, or a file of prompts."
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the encoded set.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Folder of a diffusers pipeline; without one, pixels are kept."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width; the teacher's own if absent.", min=1)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Storage: float16, bfloat16, float32.")] = "float16",
+    precision: Annotated[
+        str, typer.Option(help="What text encoders compute in: float32, bfloat16, float16.")
+    ] = "float32",
+    posterior: Annotated[str, typer.Option(help="Latents: sample or mean.")] = "sample",
+    seed: Annotated[int, typer.Option(help="Seed of the posterior's samples.", min=0)] = 0,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt for T5; the pipeline's if absent.", min=1)
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance that a Flux model is told.")] = 3.5,
+    shard_size: Annotated[int, typer.Option(help="Samples of a shard.", min=1)] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Samples encoded at once.", min=1)] = 4,
+    workers: Annotated[int, typer.Option(help="Threads that decode images.", min=1)] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Precompute latents and embeddings; repeat the command to continue after a crash."""
+    from fastdistill.engine.encode import EncodeSettings, Place
+    from fastdistill.engine.encode import encode as run
+    from fastdistill.engine.job import choose_device
+
+    settings = EncodeSettings(
+        size, dtype, shard_size, precision, posterior, seed, max_length, guidance
+    )
+    place = Place.of_process(choose_device(device), batch_size, workers)
+    run(source, to, teacher, settings, place, say)
 
 
 @app.command()

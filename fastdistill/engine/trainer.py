@@ -84,7 +84,9 @@ class Trainer:
         self.noise = Noise(seed, self.device)
         self.modules = {"student": objective.student, **objective.critic_modules()}
         self.optimizers = {role: self._optimizer(role) for role in self.modules}
-        self._kept = self._untrained_state()
+        self._untrained = self._untrained_state()
+        rebuilt = self._rebuilt()
+        self._kept = {k: value for k, value in self._untrained.items() if k not in rebuilt}
         self.metrics = MetricBuffer(self.device, objective.noise_bins, self.ranks)
         self._index, self._share = self._split_batch()
         self._stop = False
@@ -166,7 +168,7 @@ class Trainer:
         arena = self.arenas["student"]
         weights = {
             name.removeprefix("student."): _whole(value)
-            for name, value in self._kept.items()
+            for name, value in self._untrained.items()
             if name.startswith("student.")
         }
         averages = arena.whole("ema_0")
@@ -236,6 +238,14 @@ class Trainer:
         }
         state = self.objective.state_dict()
         return {name: value for name, value in state.items() if name not in trained}
+
+    def _rebuilt(self) -> set[str]:
+        """Names of weights that whoever resumes has anyway, as the base of a LoRA student."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.objective.named_modules()
+            for name in getattr(module, "rebuilt", ())
+        }
 
     def _accumulate(
         self, role: str, make: Callable[..., Any], batch: Batch, sample: Tensor
