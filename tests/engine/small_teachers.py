@@ -129,6 +129,13 @@ _SCHEDULERS: dict[str, Any] = {
     "edm": diffusers.EDMEulerScheduler,
     "edm_classes": diffusers.EDMEulerScheduler,
 }
+_PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd15": "StableDiffusionPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "dit": "DiTPipeline",
+}
 _TEXT: dict[str, dict[str, tuple[int, ...]]] = {
     "sdxl": {"encoder_hidden_states": (7, 12), "text_embeds": (8,), "time_ids": (6,)},
     "sd15": {"encoder_hidden_states": (7, 12)},
@@ -151,7 +158,7 @@ def save_teacher(kind: str, folder: Path, vae: bool = False) -> Path:
     model.save_pretrained(folder / part)
     scheduler.save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "DiffusionPipeline",
+        "_class_name": _PIPELINES.get(kind, "DDPMPipeline"),
         part: ["diffusers", type(model).__name__],
         "scheduler": ["diffusers", type(scheduler).__name__],
     }

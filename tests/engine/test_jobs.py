@@ -13,6 +13,7 @@ from small_jobs import RECIPES as KINDS
 from small_jobs import overrides, small_job
 
 from fastdistill.config import RECIPES, RecipeError, load_recipe
+from fastdistill.diffusion import VP
 from fastdistill.engine import judge
 from fastdistill.engine.drawing import draw
 from fastdistill.engine.job import Job
@@ -76,9 +77,13 @@ def test_a_recipe_runs_from_teacher_to_student(name, teachers, tmp_path, monkeyp
     assert sum(moved) > len(moved) / 2, "the student is trained"
 
 
-def test_the_networks_of_the_recipes_are_those_of_the_published_models():
+def test_recipes_are_of_published_models_and_of_times_that_schedulers_know():
+    """diffusers' samplers of DDPM's process take whole timesteps."""
     for name in KINDS:
-        model_configuration(load_recipe(name).model.config)
+        recipe = load_recipe(name)
+        model_configuration(recipe.model.config)
+        if isinstance(recipe.process, VP):
+            assert all(t == int(t) >= 1 for t in recipe.objective.student_times), name
 
 
 LORA = ["model.student_lora=2", "model.critic_lora=3", "training.precision=bfloat16"]

@@ -156,8 +156,7 @@ class Adapter(nn.Module, abc.ABC):
         walk = self._walk(model_input, noise_condition, condition)
         features = self._walk_to_the_last(walk)
         with torch.set_grad_enabled(torch.is_grad_enabled() and output_graph):
-            for _, output in walk:
-                pass  # the last is the raw output
+            *_, (_, output) = walk
             return self._raw(output, model_input), features
 
     def enable_gradient_checkpointing(self) -> None:
