@@ -156,8 +156,8 @@ def _student_turn(objective: Objective, watch: _Watch, make: Callable[[], Batch]
             for role in objective.frozen_roles():
                 frozen.enter_context(_frozen(objective.critic_modules()[role]))
             update = objective.student_update(batch, sample)
-        with watch.part("backward"):
-            update.backward()
+            with watch.part("backward"):
+                update.backward()
     if update.shared is not None:
         with watch.update("critic", "shared update"):
             second = objective.critic_update(batch, sample.detach(), shared=update.shared)

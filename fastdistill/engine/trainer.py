@@ -331,7 +331,7 @@ class Trainer:
                 for name in self.objective.frozen_roles():
                     frozen.enter_context(self.arenas[name].frozen())
             update = make(batch, sample)
-        update.backward()
+            update.backward()  # blocks that are recomputed in it must find the same frozen weights
         self.metrics.add(role, update.metrics)
         if update.noise_bin is not None:
             chosen = {name: update.metrics[name] for name in update.by_level}

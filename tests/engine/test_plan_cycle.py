@@ -28,12 +28,13 @@ from fastdistill.models.digits import DigitsNetwork
 from fastdistill.objectives import Objective
 
 GAN = ["objective.gan_weight=0.1", "training.discriminator={lr: 0.001}"]
+BF16, RECOMPUTED = "training.precision=bfloat16", "parallel.checkpoint_blocks=true"
 GUIDED = ["teacher.condition_dropout=0.1", "objective.guidance_scale=3"]
 
 
 def cycle_of(recipe: Recipe) -> Cycle:
-    job = job_of_recipe(recipe)
-    return count_cycle(job.objective(False), job.training, job.shape, job.inputs)
+    job, recomputed = job_of_recipe(recipe), recipe.parallel.checkpoint_blocks
+    return count_cycle(job.objective(recomputed), job.training, job.shape, job.inputs)
 
 
 def counted_while_training(recipe: Recipe) -> dict[str, float]:
@@ -41,7 +42,10 @@ def counted_while_training(recipe: Recipe) -> dict[str, float]:
     model, data = recipe.model, digits()
     network = DigitsNetwork(data.shape, data.classes, model.width, model.blocks)
     teacher = Denoiser(network, recipe.process, recipe.parametrisation)
-    trainer = Trainer(make_objective(recipe, teacher), data, recipe.training)
+    objective = make_objective(recipe, teacher)
+    if recipe.parallel.checkpoint_blocks:
+        checkpoint_blocks(objective)
+    trainer = Trainer(objective, data, recipe.training)
     with Counter() as counter:
         for _ in range(recipe.training.critic_updates_per_student_update):
             trainer.update()
@@ -62,6 +66,8 @@ def counted_while_training(recipe: Recipe) -> dict[str, float]:
         ["objective.share_critic_forward=true"],
         [*GAN, "objective.gan_features=critic", "objective.share_feature_forward=true"],
         ["training.accumulation=3"],
+        [RECOMPUTED],
+        [*GAN, "objective.gan_features=critic", RECOMPUTED],
     ],
     ids=lambda options: " ".join(options) or "plain",
 )
@@ -185,8 +191,6 @@ def measured(tmp_path, recipe: Recipe, job: PlannedJob, data: Any) -> tuple[int,
 
 
 LARGER = ["training.critic_updates_per_student_update=2", "training.batch_size=8"]
-BF16 = "training.precision=bfloat16"
-RECOMPUTED = "parallel.checkpoint_blocks=true"
 
 
 @pytest.mark.slow
