@@ -75,6 +75,9 @@ class TrainingSettings(Settings):
     """Critic updates for each update of the student: 5 means five."""
     sample_reuse: PositiveInt = 1
     """Critic updates that share a generated sample, each with noise of its own (docs/speed.md)."""
+    drop_gradients: bool = False
+    """In mode single let every backward pass make new gradients: fewer kernels and bytes, and twice
+    the gradients' memory."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch.compile the repeated blocks of every network; the first steps take longer."""
     cuda_graph: bool = False

@@ -397,6 +397,7 @@ class Trainer:
             stochastic_rounding=stochastic,
             seed=self.seed,
             rate_on_device=settings.cuda_graph,
+            drop_gradients=settings.drop_gradients,
             **dict(options),
         )
 

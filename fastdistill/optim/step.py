@@ -34,6 +34,8 @@ class OptimizerStep:
         stochastic_rounding: round bfloat16 weights stochastically.
         seed: seed of stochastic rounding.
         rate_on_device: keep the learning rate in a device scalar, as a CUDA graph needs it.
+        drop_gradients: forget gradients after an update instead of clearing them
+            (`ArenaAdamW.zero_grad`).
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class OptimizerStep:
         stochastic_rounding: bool = False,
         seed: int = 0,
         rate_on_device: bool = False,
+        drop_gradients: bool = False,
     ) -> None:
         for half_life in half_lives:
             if half_life <= 0:
@@ -71,6 +74,7 @@ class OptimizerStep:
         )
         self.lr, self.updates = lr, updates
         self.schedule, self.warmup, self.final = schedule, warmup, final
+        self.drop_gradients = drop_gradients
         self._rate = torch.full((), lr, device=arena.device) if rate_on_device else None
 
     def step(self, update: int) -> dict[str, Tensor]:
@@ -94,7 +98,7 @@ class OptimizerStep:
             Device scalars: ``grad_norm`` before clipping, ``skipped`` (1 if not finite, else 0).
         """
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(self.drop_gradients)
         self.arena.publish()
         norm = self.optimizer.grad_norm
         return {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).to(torch.float32)}

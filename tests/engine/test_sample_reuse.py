@@ -104,3 +104,13 @@ def test_a_run_that_goes_on_generates_nothing_twice(tmp_path):
 def test_a_sample_that_the_student_has_left_behind_is_refused():
     with pytest.raises(RecipeError, match="sample_reuse is 3, but a sample is too old after"):
         small_recipe("training.sample_reuse=3")
+
+
+def test_dropped_gradients_train_the_same_bit_by_bit():
+    options = ("training.accumulation=2", "training.batch_size=16")
+    kept = trainer(recipe=small_recipe(*ALL_TERMS, *options))
+    dropped = trainer(recipe=small_recipe(*ALL_TERMS, *options, "training.drop_gradients=true"))
+    for _ in range(6):
+        kept.update(), dropped.update()
+    assert all(value.grad is None for value in dropped.arenas["critic"].parameters)
+    assert_bitwise(weights(dropped), weights(kept))

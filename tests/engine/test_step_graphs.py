@@ -36,6 +36,7 @@ OPTIONS = {
         "objective.gan_features=critic",
         "objective.share_feature_forward=true",
     ],
+    "dropped gradients": ["training.drop_gradients=true", "training.accumulation=2"],
     "two student times": ["objective.student_times=[2.5, 0.8]"],
     "low precision": [
         "training.precision=bfloat16",
