@@ -156,7 +156,8 @@ class Adapter(nn.Module, abc.ABC):
         walk = self._walk(model_input, noise_condition, condition)
         features = self._walk_to_the_last(walk)
         with torch.set_grad_enabled(torch.is_grad_enabled() and output_graph):
-            *_, (_, output) = walk
+            for _, value in walk:
+                output = value  # the last one is the raw output
             return self._raw(output, model_input), features
 
     def enable_gradient_checkpointing(self) -> None:
