@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
+import sys
 import tarfile
 import tempfile
 import time
@@ -34,11 +36,12 @@ INTRODUCTION = """\
 
 {facts}
 
-Written by `python -m bench.data_loading > docs/results/data.md`.
+Measured by `{command}`.
 
 - *alone*: milliseconds a step without data. The host *waits* for the device (sleeps), or
   *launches* kernels all the while: a fixed number of small torch calls, which hold Python's lock.
-- *making*: milliseconds to make a batch in the thread that asks, with no step beside it.
+- *making*: milliseconds to make a batch in the thread that asks, with no step beside it;
+  *CPU*: the processor time that this takes, of all threads, whatever else the machine does.
 - *direct*: milliseconds a step that asks the data set itself; *prefetched*: one that asks
   `Prefetched(data)` with its defaults (three batches ahead, two threads). *Waited*: the share of
   that time in which the step waited for its batch.
@@ -52,8 +55,8 @@ The latents' set has {latents} samples, {latent_bytes:.0f} KB each; the images a
 """
 
 HEADER = """\
-| data | batch | host | alone | making | direct | waited | prefetched | waited |
-|---|---:|---|---:|---:|---:|---:|---:|---:|"""
+| data | batch | host | alone | making | CPU | direct | waited | prefetched | waited |
+|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"""
 
 WIDTH, HEIGHT = 768, 640
 
@@ -66,6 +69,8 @@ class Round:
     """Milliseconds a step."""
     waited: float
     """Share of the time in which the step waited for its batch."""
+    cpu: float
+    """Milliseconds of processor time a step, of all threads."""
 
 
 def make_latents(folder: Path, count: int) -> Path:
@@ -134,13 +139,14 @@ def run(data: Data | None, step: Callable[[], None], batch: int, steps: int) -> 
     if data is not None:
         data.batch(0, 0, batch)
         step()
-    waited, begin = 0.0, time.perf_counter()
+    waited, begin, begin_cpu = 0.0, time.perf_counter(), time.process_time()
     for number in range(1, steps + 1):
         if data is not None:
             waited += _seconds(lambda number=number: data.batch(0, number, batch))  # type: ignore[misc]
         step()
     took = time.perf_counter() - begin
-    return Round(1000 * took / steps, waited / took)
+    cpu = time.process_time() - begin_cpu
+    return Round(1000 * took / steps, waited / took, 1000 * cpu / steps)
 
 
 def throw_out(folder: Path) -> None:
@@ -177,7 +183,7 @@ def measure(
         with Prefetched(open_data()) as data:
             prefetched.append(run(data, step, batch, steps))
     best = [min(found, key=lambda one: one.step) for found in (alone, making, direct, prefetched)]
-    columns = [f"{best[0].step:.1f}", f"{best[1].step:.1f}"]
+    columns = [f"{best[0].step:.1f}", f"{best[1].step:.1f}", f"{best[1].cpu:.1f}"]
     for one in best[2:]:
         columns += [f"{one.step:.1f}", f"{one.waited:.1%}"]
     return columns
@@ -218,6 +224,7 @@ def main() -> None:
         images = make_images(folder / "images", options.images)
         introduction = INTRODUCTION.format(
             facts=_facts(),
+            command=shlex.join(["python", "-m", "bench.data_loading", *sys.argv[1:]]),
             latents=options.latents,
             latent_bytes=_bytes(latents, "shard-*.safetensors") / options.latents / 1000,
             images=options.images,

@@ -23,6 +23,8 @@ class _Kind:
     """What it takes besides a number of steps."""
     takes_latents: bool = True
     takes_size: bool = True
+    scales_start: bool = True
+    """Whether it scales its noise as the scheduler asks once the steps are set."""
     loads_lora: bool = False
     options: str = ""
     """Further arguments that every call needs."""
@@ -34,10 +36,14 @@ _KINDS = {
     "StableDiffusionXLPipeline": _Kind(_PROMPT, loads_lora=True),
     "PixArtAlphaPipeline": _Kind(_PROMPT, options="use_resolution_binning=False"),
     "PixArtSigmaPipeline": _Kind(_PROMPT, options="use_resolution_binning=False"),
-    "DiTPipeline": _Kind("class_labels=[0]", schedule=None, takes_latents=False, takes_size=False),
+    "DiTPipeline": _Kind(
+        "class_labels=[0]", schedule=None, takes_latents=False, takes_size=False, scales_start=False
+    ),
     "StableDiffusion3Pipeline": _Kind(_PROMPT, schedule="sigmas", loads_lora=True),
     "FluxPipeline": _Kind(_PROMPT, schedule="sigmas", loads_lora=True, takes_latents=False),
-    "ConsistencyModelPipeline": _Kind("batch_size=1", guided=False, takes_size=False),
+    "ConsistencyModelPipeline": _Kind(
+        "batch_size=1", guided=False, takes_size=False, scales_start=False
+    ),
 }
 _PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "KarrasVePipeline", "ConsistencyModelPipeline")
 """Pipelines of a UNet2DModel alone. Only the last scales inputs and knows classes, as EDM needs."""
@@ -164,6 +170,11 @@ def _check_call(pipeline: StockPipeline, sampler: StockSampler) -> None:
     name, kind = pipeline.name, pipeline.kind
     if sampler.scheduler.startswith("FlowMatch") != (kind.schedule == "sigmas"):
         raise ValueError(f"{name} of diffusers cannot use {sampler.scheduler}")
+    if sampler.scheduler == "EulerDiscreteScheduler" and not kind.scales_start:
+        raise ValueError(
+            f"the student's time lies between two timesteps, and {name} of diffusers knows whole "
+            "ones; train it at the nearest"
+        )
     for argument, values in sampler.schedule.items():
         if kind.schedule != argument:
             raise ValueError(

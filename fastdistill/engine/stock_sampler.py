@@ -4,14 +4,16 @@
 
     network, process     steps   scheduler                           its step
     epsilon, v, x0, VP   one     DDIMScheduler                       to alpha = 1, which leaves x0
+      between timesteps  one     EulerDiscreteScheduler              to sigma = 0, which leaves x0
                          few     LCMScheduler                        x0, then fresh noise
     flow                 any     FlowMatchEulerDiscreteScheduler     x0, then fresh noise
                                  with stochastic_sampling
     EDM                  one     EDMEulerScheduler                   to sigma = 0, which leaves x0
 
-Schedulers of VP processes end at the student's noisiest time: a student of t = 399 gets the first
-400 betas, so that ``num_inference_steps=1`` means t = 399 without a list of timesteps. No scheduler
-renoises between an EDM student's steps.
+DDIM's and LCM's schedules end at the student's noisiest time: a student of t = 399 gets the first
+400 betas, so that ``num_inference_steps=1`` means t = 399 without a list of timesteps. Euler's
+finds t from sigma / alpha, as `VP` does, to about 1e-3. No scheduler renoises between an EDM
+student's steps.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class StockSampler:
     schedule: dict[str, list[Any]]
     """The ``timesteps`` or ``sigmas`` that a call needs; empty where ``steps`` is enough."""
     start: float
-    """Standard deviation of the pure noise that the first step reads."""
+    """Standard deviation of the pure noise that the first step reads, in the scheduler's scale."""
     own_start: float
     """The same as a pipeline makes it: the scheduler's ``init_noise_sigma``, or 1."""
 
@@ -110,10 +112,12 @@ def _check_time_scale(parametrisation: Any, expected: float) -> None:
 
 def _vp(process: VP, prediction: str, times: Sequence[float], start: float) -> StockSampler:
     timesteps = [int(time) for time in times]
-    if timesteps != list(times) or timesteps[-1] < 1:
+    if timesteps != list(times) and len(times) == 1 and 0 < times[0] < process.steps - 1:
+        return _vp_between(process, prediction, times[0], start)
+    if timesteps != list(times) or timesteps[-1] < 1 or timesteps[0] >= process.steps:
         raise ValueError(
             f"the student's times are {list(times)}; diffusers' schedulers know whole timesteps "
-            "from 1 on"
+            f"from 1 to {process.steps - 1}, and others for a single step alone"
         )
     length, steps = timesteps[0] + 1, len(timesteps)
     config = {
@@ -132,6 +136,24 @@ def _vp(process: VP, prediction: str, times: Sequence[float], start: float) -> S
     config["original_inference_steps"] = steps if even else length
     schedule: dict[str, list[Any]] = {} if even else {"timesteps": timesteps}
     return StockSampler("LCMScheduler", config, steps, schedule, start, 1.0)
+
+
+def _vp_between(process: VP, prediction: str, time: float, start: float) -> StockSampler:
+    """One step from a time between two timesteps, which Karras' grid of one level gives."""
+    alpha, sigma = process.alpha_sigma(torch.tensor(time, dtype=torch.float64))
+    ratio = float(sigma / alpha)
+    config = {
+        "num_train_timesteps": process.steps,
+        **_betas(process, process.steps),
+        "prediction_type": prediction,
+        "use_karras_sigmas": True,
+        "sigma_min": ratio,
+        "sigma_max": ratio,
+        "timestep_spacing": "leading",
+    }
+    return StockSampler(
+        "EulerDiscreteScheduler", config, 1, {}, start / float(alpha), (ratio**2 + 1) ** 0.5
+    )
 
 
 def _betas(process: VP, length: int) -> dict[str, Any]:

@@ -93,6 +93,11 @@ def test_counting_sees_launches_and_the_peak():
     assert counting.live == 4000
 
 
+def test_the_fused_gradient_is_the_chains_in_exact_arithmetic_and_closer_to_it_in_bfloat16():
+    chain, fused = dropin.gradient_errors()
+    assert fused < 0.005 < chain
+
+
 def test_the_bench_measures_in_turns_and_reports(tmp_path, monkeypatch):
     known = dropin.variants()
     assert [one.name for one in known[:6]] == ["as it was", *CHANGES, "all three", "trainer"]

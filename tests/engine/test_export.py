@@ -40,6 +40,8 @@ CASES = {
     "dit": ("DiTPipeline", DIT, Epsilon(), [400.0]),
     "dit-two": ("DiTPipeline", DIT, Epsilon(), [799.0, 399.0]),
     "pixart": ("PixArtAlphaPipeline", DIT, Epsilon(), [400.0]),
+    "pixart-between": ("PixArtAlphaPipeline", DIT, Epsilon(), [439.82]),
+    "sd15-between": ("StableDiffusionPipeline", SD, Epsilon(), [399.5]),
     "pixart-two": ("PixArtAlphaPipeline", DIT, Epsilon(), [999.0, 499.0]),
     "sd3": ("StableDiffusion3Pipeline", RectifiedFlow(3.0), Flow(1000.0), [1.0]),
     "sd3-scaled": ("StableDiffusion3Pipeline", RectifiedFlow(3.0), Flow(1000.0), [0.97]),
@@ -86,6 +88,7 @@ def add_lora(student):
         for parameter in model.parameters():
             parameter.div_(1.02)
     lora.add_lora(student.network, rank=4, alpha=10)
+    torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -181,7 +184,9 @@ def test_stock_diffusers_draws_the_runs_image(drawn, name):
     home, expected = drawn
     found = safetensors.torch.load_file(f"{home / name}.image.safetensors")["image"]
     assert expected[name].std() > 0.05, "an image, not a plane"
-    torch.testing.assert_close(found, expected[name], rtol=0, atol=2e-6)
+    # Between timesteps diffusers finds t from sigma / alpha in float32; merged weights are rounded.
+    exact = 2e-5 if name.endswith(("between", "merged")) else 2e-6
+    torch.testing.assert_close(found, expected[name], rtol=0, atol=exact)
     assert Path(f"{home / name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -264,6 +269,10 @@ def test_each_wrong_use_is_one_sentence(teachers, tmp_path):
         export_pipeline(student, [400.0], dit / "transformer", target)
     with pytest.raises(ValueError, match="is no folder; expected the teacher's pipeline"):
         export_pipeline(student, [400.0], tmp_path / "nowhere", target)
+    with pytest.raises(
+        ValueError, match="lies between two timesteps, and DiTPipeline of diffusers"
+    ):
+        export_pipeline(student, [439.82], dit, target)
     with pytest.raises(ValueError, match="DiTPipeline of diffusers takes no timesteps"):
         export_pipeline(student, [999.0, 600.0], dit, target)
     flow = Denoiser(student.network, RectifiedFlow(), Flow(1000.0))
