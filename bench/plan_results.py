@@ -104,8 +104,8 @@ def counts_line(name: str) -> list[str]:
 
 
 def plan_line(name: str, gpus: int, gpu: str, batch: int, accelerated: bool) -> list[str]:
-    recipe = load_recipe("digits", [*CYCLE, f"training.batch_size={batch * gpus}"])
-    job = job_of_recipe(recipe, name, accelerated=accelerated)
+    changes = [f"training.batch_size={batch * gpus}", f"training.accelerate={accelerated}"]
+    job = job_of_recipe(load_recipe("digits", [*CYCLE, *changes]), name)
     planner = Planner(job, gpus, GPUS[gpu])
     limit = planner.gpu.memory
     plan = Plan.of(name, planner, limit)

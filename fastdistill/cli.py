@@ -70,9 +70,6 @@ def plan(
     text_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a prompt; the model's usual ones if absent.")
     ] = None,
-    accelerated: Annotated[
-        bool, typer.Option("--accelerated", help="Count with fastdistill.accelerate's layers.")
-    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A JSON file of all numbers.")
     ] = None,
@@ -89,7 +86,7 @@ def plan(
     kind = find_gpu(gpu)
     limit = kind.memory if memory is None else parse_size(memory)
     loaded = load_recipe(recipe, overrides)
-    job = job_of_recipe(loaded, model_config, text_tokens=text_tokens, accelerated=accelerated)
+    job = job_of_recipe(loaded, model_config, text_tokens=text_tokens)
     made = Plan.of(loaded.name, Planner(job, gpus, kind), limit)
     made.show(console)
     if output is not None:

@@ -15,6 +15,7 @@ from fastdistill.data import RealBatch, digits
 from fastdistill.diffusion import EDM, VP, EDMPreconditioning, Epsilon, Flow, RectifiedFlow
 from fastdistill.engine.job import checkpoint_blocks, make_objective
 from fastdistill.engine.planning import PlannedJob
+from fastdistill.layers import accelerate
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import build_network
 from fastdistill.models.configs import known_configurations, model_configuration
@@ -40,7 +41,6 @@ def job_of_recipe(
     model_config: str | Path | None = None,
     *,
     text_tokens: int | None = None,
-    accelerated: bool = False,
 ) -> PlannedJob:
     """What is planned for a recipe; no weights and no data are read.
 
@@ -49,7 +49,6 @@ def job_of_recipe(
         model_config: a diffusers model's or pipeline's folder, a JSON file, or the name of a
             published model, as sdxl; what the recipe says if None.
         text_tokens: tokens of a prompt's embedding; those of the model's pipeline if None.
-        accelerated: whether `fastdistill.accelerate` replaces the networks' layers.
 
     Raises:
         ValueError: where there is no configuration, or one that cannot be read.
@@ -67,9 +66,7 @@ def job_of_recipe(
 
     def teacher() -> Denoiser:
         network = build_network(config, **options)
-        if accelerated:
-            from fastdistill import accelerate
-
+        if recipe.training.accelerate:
             accelerate(network)
         return Denoiser(
             network,

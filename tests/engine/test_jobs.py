@@ -86,6 +86,20 @@ def test_recipes_are_of_published_models_and_of_times_that_schedulers_know():
             assert all(t == int(t) >= 1 for t in recipe.objective.student_times), name
 
 
+@pytest.mark.parametrize("name", ["sdxl_dmd2_4step", "dit_xl2_256", "sd3_medium"])
+def test_accelerated_layers_leave_a_job_what_it_was(name, teachers, tmp_path):
+    """In float32 to rounding; checkpoints of one go on with the other, as they have the same names."""
+    short = ("training.steps=2", "training.log_every=1", "training.student.eps=1.0e-3")
+    for switch in ("false", "true"):
+        run(tmp_path / switch, small_job(name, teachers, *short, f"training.accelerate={switch}"))
+    for plain, fast in zip(rows(tmp_path / "false"), rows(tmp_path / "true"), strict=True):
+        for key in {"student/loss", "critic/loss"} & plain.keys():
+            assert fast[key] == pytest.approx(plain[key], rel=1e-4), key
+    saved = [load_denoiser(tmp_path / switch / "student").denoiser for switch in ("false", "true")]
+    plain, fast = (value.network.state_dict() for value in saved)
+    assert plain.keys() == fast.keys()
+
+
 LORA = ["model.student_lora=2", "model.critic_lora=3", "training.precision=bfloat16"]
 
 
