@@ -79,8 +79,8 @@ class TrainingSettings(Settings):
     """In mode single let every backward pass make new gradients: fewer kernels and bytes, and twice
     the gradients' memory."""
     accelerate: bool = False
-    """Replace layers of every network by those of fastdistill.accelerate: the same numbers, with fewer
-    activations kept."""
+    """Replace layers of every network by those of fastdistill.accelerate: the same mathematics,
+    with fewer activations kept."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch.compile the repeated blocks of every network; the first steps take longer."""
     cuda_graph: bool = False

@@ -88,7 +88,7 @@ def test_recipes_are_of_published_models_and_of_times_that_schedulers_know():
 
 @pytest.mark.parametrize("name", ["sdxl_dmd2_4step", "dit_xl2_256", "sd3_medium"])
 def test_accelerated_layers_leave_a_job_what_it_was(name, teachers, tmp_path):
-    """In float32 to rounding; checkpoints of one go on with the other, as they have the same names."""
+    """In float32 to rounding, and the weights keep their names."""
     short = ("training.steps=2", "training.log_every=1", "training.student.eps=1.0e-3")
     for switch in ("false", "true"):
         run(tmp_path / switch, small_job(name, teachers, *short, f"training.accelerate={switch}"))

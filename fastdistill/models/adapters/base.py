@@ -61,6 +61,7 @@ class Adapter(nn.Module, abc.ABC):
         size = sample_size if sample_size is not None else self._configured_size()
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (self._sample_channels(), height, width)
+        self._check_channels()
         _switch_dropout_off(model)
         self.feature_names = self._choose(features)
 
@@ -221,6 +222,14 @@ class Adapter(nn.Module, abc.ABC):
             for name, shape in self.condition_shapes.items()
         }
         return {name: torch.ones(size, dtype=dtype, device=device) for name, size in sizes.items()}
+
+    def _check_channels(self) -> None:
+        inputs, outputs = self.config["in_channels"], self.config["out_channels"] or 0
+        if outputs and outputs not in (inputs, 2 * inputs):
+            raise ValueError(
+                f"this {self.architecture} has {inputs} input and {outputs} output channels, as "
+                "for inpainting; expected as many, or twice as many with a learned variance"
+            )
 
     def _configured_size(self) -> int | tuple[int, int]:
         size = self.config.get("sample_size")
