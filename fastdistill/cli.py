@@ -289,6 +289,8 @@ def _unused(folder: Path) -> Path:
 
 
 def _run(job: Job) -> None:
+    import torch
+
     from fastdistill.engine.folder import is_disk_full
     from fastdistill.engine.trainer import Interrupted
     from fastdistill.parallel import RankLostError
@@ -310,6 +312,15 @@ def _run(job: Job) -> None:
         if not is_disk_full(error):
             raise
         _stop(f"error: {error}; make room, then {advice}", 1)
+    except torch.OutOfMemoryError as error:
+        size = job.recipe.training.batch_size
+        _stop(
+            f"error: {job.device} has too little memory for training.batch_size={size} over "
+            f"{job.ranks.size} processes ({str(error).splitlines()[0]}); `fastdistill plan` says "
+            "what fits: start again with a smaller batch and more training.accumulation, or "
+            f"{advice} parallel.checkpoint_blocks=true",
+            1,
+        )
     job.ranks.close()
     if summary is None:
         return

@@ -194,3 +194,22 @@ def test_info_names_versions_backends_and_what_is_missing():
     assert done.returncode == 0
     for word in ("torch", "triton", "backend cpu", "backend reference", "GPU"):
         assert word in done.stdout
+
+
+def test_a_batch_that_the_gpu_cannot_hold_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    """torch's error, which no machine without a GPU raises by itself, becomes advice."""
+    from fastdistill import cli
+
+    job = Job.create(tmp_path / "run", small_recipe(), lambda line: None)
+
+    def run() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(job, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        cli._run(job)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "too little memory for training.batch_size=" in said
+    assert "`fastdistill plan` says what fits" in said
+    assert "more\n" not in said
