@@ -56,6 +56,7 @@ class Op:
         self._batch_outputs = batch_outputs
         self.summed = summed
         self._launchers: dict[str, Callable[..., Any]] = {"reference": reference}
+        self.native_cpu = native_cpu
         if not native_cpu:
             self._launchers["cpu"] = reference
         self._dtensor_ready = False

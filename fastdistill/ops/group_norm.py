@@ -68,7 +68,7 @@ def _reference(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = _shifted(x, shift)
-    affine = (weight.to(z.dtype), bias.to(z.dtype))
+    affine = (weight.to(z.dtype).contiguous(), bias.to(z.dtype).contiguous())
     u, mean, rstd = torch.native_group_norm(z, *affine, *_sizes(x), groups, eps)
     y = F.silu(u) if silu else u
     return laid_out_as(y.to(x.dtype), x), mean, rstd
@@ -92,7 +92,8 @@ def _backward_reference(
     silu: bool,
     value: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    z, wide = _shifted(x, shift), weight.to(torch.promote_types(x.dtype, torch.float32))
+    z = _shifted(x, shift)
+    wide, mean, rstd = weight.to(z.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
     du, y = grad.to(z.dtype), None
     if silu or value:
         # u = scale z + (bias - scale mean), as torch's kernel forms it;   scale = weight rstd
@@ -202,7 +203,8 @@ def group_norm_silu(
     """
     _check(x, groups, weight, bias, shift)
     given = None if shift is None else shift.contiguous()
-    return _group_norm_silu(dense(x), given, weight, bias, groups, eps, silu)[0]
+    affine = (weight.contiguous(), bias.contiguous())
+    return _group_norm_silu(dense(x), given, *affine, groups, eps, silu)[0]
 
 
 def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:

@@ -51,7 +51,8 @@ def check(rank: int, store: str) -> None:
         single = single if isinstance(single, tuple) else (single,)
         sharded = sharded if isinstance(sharded, tuple) else (sharded,)
         for mine, whole in zip(sharded, single, strict=True):
-            if op.summed or op is _gaussian_transport:  # sums in another order
+            # Sums in another order; vectors of torch's kernels that end elsewhere.
+            if op.summed or not op.native_cpu or op is _gaussian_transport:
                 torch.testing.assert_close(mine.full_tensor(), whole)
             else:
                 assert torch.equal(mine.full_tensor(), whole), op.name
