@@ -119,7 +119,8 @@ def _modulated_norm_backward_kernel(
             dfactor += u * n
             doffset += u
         w = u * factor
-        dx = rstd * (w - tl.sum(w) / N - n * (tl.sum(w * n) / N))
+        along, level = tl.sum(w * n) / N, tl.sum(w) / N  # in the other order sm_100 spills
+        dx = rstd * (w - level - n * along)
         if grad_sum_ptr is not None:
             dx += load_block(grad_sum_ptr, start, lanes, exists)
         tl.store(dx_ptr + start + lanes, dx.to(dx_ptr.dtype.element_ty), mask=exists)
