@@ -127,6 +127,26 @@ def test_a_norm_with_a_hook_is_left_to_run_it():
     assert seen == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("residual", "norm2"),
+        ("block", "norm3"),
+        ("block", "ff.net.0"),
+        ("block", "attn1"),
+        ("attention_image", "group_norm"),
+        ("transformer_linear", "norm"),
+    ],
+)
+def test_hooks_of_a_later_day_run_too(name, part):
+    module, inputs, call = build(name)
+    accelerate(module)
+    before, seen = call(module, inputs), []
+    module.get_submodule(part).register_forward_hook(lambda *args: seen.append(1))
+    torch.testing.assert_close(call(module, inputs), before)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("name", ["sdxl", "pixels"])
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     module, inputs, call = build(name)
