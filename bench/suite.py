@@ -23,6 +23,7 @@ from bench import (
     bench_optimizer,
     bench_projection,
     bench_renoise,
+    bench_tokens,
 )
 from bench.harness import OURS, Case, Row, identity, measure
 from bench.timers import timer_for
@@ -38,6 +39,9 @@ OPS: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "sum_of_squares": bench_norm.cases,
     "gaussian_transport": bench_gaussian.cases,
     "mixture_denoise": bench_mixture.cases,
+    "modulated_norm": bench_tokens.norms,
+    "gated_residual": bench_tokens.residuals,
+    "rms_norm_rope": bench_tokens.ropes,
     "geglu": bench_glu.cases,
     "group_norm_silu": bench_group_norm.cases,
     "normal": bench_noise.cases,

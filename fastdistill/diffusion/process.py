@@ -68,11 +68,18 @@ class VP:
     Between indices log(sigma / alpha) is interpolated linearly, so that alpha^2 + sigma^2 = 1
     everywhere and the table's own values hold at whole t. The named constructors hold published
     models' constants.
+
+    Args:
+        beta_start: the first beta; not used by squaredcos_cap_v2.
+        beta_end: the last beta; in squaredcos_cap_v2 the largest.
+        spacing: betas linear, linear in their square root (scaled_linear), or those of the cosine
+            schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672, equation 17), all as in diffusers.
+        steps: number of indices.
     """
 
     beta_start: float
     beta_end: float
-    spacing: Literal["linear", "scaled_linear"]
+    spacing: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
     steps: int = 1000
 
     @classmethod
@@ -85,16 +92,26 @@ class VP:
         """SD 1.5 and SDXL: betas linear in their square root, from 0.00085 to 0.012."""
         return cls(0.00085, 0.012, "scaled_linear")
 
+    @classmethod
+    def cosine(cls, steps: int = 1000) -> VP:
+        """The cosine schedule with betas of at most 0.999."""
+        return cls(0.0, 0.999, "squaredcos_cap_v2", steps)
+
     @functools.cached_property
     def _log_ratios(self) -> Tensor:
         """log(sigma / alpha) at every index, computed in float64  # [steps]"""
-        if self.spacing == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
-        else:
-            ends = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
-            betas = torch.linspace(*ends, self.steps, dtype=torch.float64).square()
-        log_alpha_bar = torch.log1p(-betas).cumsum(0)
+        log_alpha_bar = torch.log1p(-self._betas()).cumsum(0)
         return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
+
+    def _betas(self) -> Tensor:
+        if self.spacing == "squaredcos_cap_v2":
+            share = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+            alpha_bar = ((share + 0.008) / 1.008 * (math.pi / 2)).cos().square()
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=self.beta_end)
+        if self.spacing == "linear":
+            return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+        ends = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+        return torch.linspace(*ends, self.steps, dtype=torch.float64).square()
 
     @functools.cached_property
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:

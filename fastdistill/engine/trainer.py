@@ -1,18 +1,21 @@
 """`Trainer`: one stage of training, as a loop to read in a sitting.
 
 A step is one critic update (and, every ``critic_updates_per_student_update`` steps, one student
-update on the same samples). Between two log points nothing waits for the device: metrics stay in a
-`MetricBuffer`, non-finite updates are skipped on the device, and every random number is a function
-of the seed and the step, so that a resumed run is bitwise the uninterrupted one.
+update on the same samples). It has two parts: `Trainer._begin` writes on the device what differs
+from step to step, `Trainer._advance` launches the same kernels for every step of a kind. Between
+two log points nothing waits for the device: metrics stay in a `MetricBuffer`, non-finite updates
+are skipped on the device, and every random number is a function of the seed and the step, so that a
+resumed run is bitwise the uninterrupted one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +26,13 @@ from fastdistill.data import Data
 from fastdistill.diffusion import Noise
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
 from fastdistill.engine.folder import read_document
+from fastdistill.engine.graphs import StaticBatch, StepGraphs, make_capture
 from fastdistill.engine.metrics import MetricBuffer
 from fastdistill.engine.shards import load_, read_tensors
 from fastdistill.models import Denoiser
-from fastdistill.objectives import Batch, Objective
-from fastdistill.optim import Arena, OptimizerStep
+from fastdistill.models.compiling import compile_blocks
+from fastdistill.objectives import Batch, Objective, Update
+from fastdistill.optim import OptimizerStep
 from fastdistill.optim.step import OptimizerState
 from fastdistill.parallel import Parallel
 
@@ -38,6 +43,17 @@ class Interrupted(Exception):
 
 class TrainingDivergedError(RuntimeError):
     """No finite update between two log points."""
+
+
+class Kind(NamedTuple):
+    """What the host decides about a step."""
+
+    student: bool
+    """Whether the student is updated."""
+    fresh: bool
+    """Whether the student's samples are generated, and not those of an earlier step."""
+    course: Hashable
+    """How they are generated (`Objective.course`)."""
 
 
 class Trainer:
@@ -83,16 +99,25 @@ class Trainer:
         self.step = 0
         self.noise = Noise(seed, self.device)
         self.modules = {"student": objective.student, **objective.critic_modules()}
+        self._graphs = self._make_graphs() if settings.cuda_graph else None
+        if settings.accelerate:
+            accelerate_networks(objective.networks())
+        if settings.compile == "blocks":
+            for denoiser in objective.networks().values():
+                compile_blocks(denoiser.network)
         self.optimizers = {role: self._optimizer(role) for role in self.modules}
-        self._kept = self._untrained_state()
+        self.arenas = {role: step.arena for role, step in self.optimizers.items()}
+        """The arena of each trained network."""
+        self._untrained = self._untrained_state()
+        rebuilt = self._rebuilt()
+        self._kept = {k: value for k, value in self._untrained.items() if k not in rebuilt}
         self.metrics = MetricBuffer(self.device, objective.noise_bins, self.ranks)
         self._index, self._share = self._split_batch()
+        self._inputs = [StaticBatch() for _ in self._index]
+        self._batches: list[Batch] = []
+        self._samples: list[Tensor] = []
+        self._sample_step: int | None = None
         self._stop = False
-
-    @property
-    def arenas(self) -> dict[str, Arena]:
-        """The arena of each trained network."""
-        return {role: step.arena for role, step in self.optimizers.items()}
 
     @property
     def ratio(self) -> int:
@@ -133,24 +158,75 @@ class Trainer:
 
     def update(self) -> None:
         """One step: accumulate the cotangents of every micro-batch, then move the weights."""
-        objective, has_critic = self.objective, self.objective.has_critic
-        student_turn = (self.step + 1) % self.ratio == 0
-        self.noise.at(self.step)
-        for micro in range(self.settings.accumulation):
-            for arena in self.arenas.values():
-                arena.reduce_gradients(micro == self.settings.accumulation - 1)
-            batch = self._batch(micro)
-            with torch.set_grad_enabled(student_turn):
-                sample = objective.generate(batch)
-            if student_turn:
-                self._accumulate("student", objective.student_update, batch, sample)
-            if has_critic:
-                self._accumulate("critic", objective.critic_update, batch, sample.detach())
-        if student_turn:
-            self.metrics.add("student", self.optimizers["student"].step(self.student_updates))
-        for role in objective.critic_modules():
-            self.metrics.add(role, self.optimizers[role].step(self.step))
+        kind = self._begin()
+        if self._graphs is None:
+            self._advance(kind)
+        else:
+            self._graphs.run(kind, functools.partial(self._advance, kind))
         self.step += 1
+
+    def _begin(self) -> Kind:
+        """Write on the device what this step reads: batches, noise keys and learning rates.
+
+        Samples are those of ``sample_step``: this one's on the student's turn, else those of the
+        last multiple of ``sample_reuse`` since the student moved.
+        """
+        place = self.step % self.ratio
+        student = place == self.ratio - 1
+        sample_step = self.step if student else self.step - place % self.settings.sample_reuse
+        fresh = sample_step == self.step
+        if sample_step != self._sample_step:
+            self._batches = [self._batch(micro, sample_step) for micro in range(len(self._index))]
+            self._sample_step = sample_step
+            if not fresh:
+                self._regenerate(sample_step)
+        self.noise.at(self.step)
+        for role, optimizer in self.optimizers.items():
+            optimizer.set_rate(self.student_updates if role == "student" else self.step)
+        return Kind(student, fresh, self.objective.course(self.noise) if fresh else None)
+
+    def _advance(self, kind: Kind) -> None:
+        """All that a step does on the device; of the host's numbers it reads ``kind`` alone."""
+        objective, last = self.objective, len(self._batches) - 1
+        for micro, batch in enumerate(self._batches):
+            for arena in self.arenas.values():
+                arena.reduce_gradients(micro == last)
+            sample = self._generate(kind, micro, batch)
+            critic_update = objective.critic_update
+            if kind.student:
+                shared = self._accumulate("student", objective.student_update, batch, sample)
+                if shared is not None:
+                    critic_update = functools.partial(critic_update, shared=shared)
+            if objective.has_critic:
+                self._accumulate("critic", critic_update, batch, sample.detach())
+        moved = [*(["student"] if kind.student else []), *objective.critic_modules()]
+        for role in moved:
+            self.metrics.add(role, self.optimizers[role].apply())
+
+    def _generate(self, kind: Kind, micro: int, batch: Batch) -> Tensor:
+        """The student's samples, with a graph on its turn; kept where steps to come use them."""
+        if not kind.fresh:
+            return self._samples[micro]
+        with torch.set_grad_enabled(kind.student):
+            sample = self.objective.generate(batch)
+        if self.settings.sample_reuse > 1 and not kind.student:
+            self._keep(micro, sample)
+        return sample
+
+    def _keep(self, micro: int, sample: Tensor) -> None:
+        if micro == len(self._samples):
+            self._samples.append(torch.empty_like(sample))
+        self._samples[micro].copy_(sample)
+
+    @torch.no_grad()
+    def _regenerate(self, sample_step: int) -> None:
+        """Make the samples of an earlier step again, after a resume between it and their last use.
+
+        The student has not moved since, so that they are bitwise the same.
+        """
+        self.noise.at(sample_step)
+        for micro, batch in enumerate(self._batches):
+            self._keep(micro, self.objective.generate(batch))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Denoiser]:
@@ -166,7 +242,7 @@ class Trainer:
         arena = self.arenas["student"]
         weights = {
             name.removeprefix("student."): _whole(value)
-            for name, value in self._kept.items()
+            for name, value in self._untrained.items()
             if name.startswith("student.")
         }
         averages = arena.whole("ema_0")
@@ -209,6 +285,9 @@ class Trainer:
             optimizer.commit()
         self.metrics.load_state_dict(read_tensors(checkpoint.path, "metrics"))
         self.step = state["step"]
+        self._sample_step = None
+        if self._graphs is not None:
+            self._graphs.clear()
         return state.get("attached", {})
 
     def _state(self) -> tuple[dict[str, dict[str, Tensor]], list[OptimizerState]]:
@@ -237,27 +316,39 @@ class Trainer:
         state = self.objective.state_dict()
         return {name: value for name, value in state.items() if name not in trained}
 
+    def _rebuilt(self) -> set[str]:
+        """Names of weights that whoever resumes has anyway, as the base of a LoRA student."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.objective.named_modules()
+            for name in getattr(module, "rebuilt", ())
+        }
+
     def _accumulate(
-        self, role: str, make: Callable[..., Any], batch: Batch, sample: Tensor
-    ) -> None:
-        """Add one micro-batch's gradients for a role, and its metrics."""
+        self, role: str, make: Callable[..., Update], batch: Batch, sample: Tensor
+    ) -> Any:
+        """Add one micro-batch's gradients for a role, and its metrics; returns what it shares."""
         with contextlib.ExitStack() as frozen:
             if role == "student":
-                for name in self.objective.critic_modules():
+                for name in self.objective.frozen_roles():
                     frozen.enter_context(self.arenas[name].frozen())
             update = make(batch, sample)
-        update.backward()
+            update.backward()  # blocks that are recomputed in it must find the same frozen weights
         self.metrics.add(role, update.metrics)
-        if update.by_level:
+        if update.noise_bin is not None:
             chosen = {name: update.metrics[name] for name in update.by_level}
             self.metrics.add_by_level(role, chosen, update.noise_bin)
+        return update.shared
 
-    def _batch(self, micro: int) -> Batch:
+    def _batch(self, micro: int, step: int | None = None) -> Batch:
+        """One micro-batch of a step, by default of the one at hand."""
         settings, index = self.settings, self._index[micro]
-        number = self.step * settings.accumulation + micro
-        real, condition, uncondition = self.data.batch(
-            self.seed, number, settings.batch_size, self._share
-        )
+        step = self.step if step is None else step
+        number = step * settings.accumulation + micro
+        given = self.data.batch(self.seed, number, settings.batch_size, self._share)
+        if self._graphs is not None:
+            given = self._inputs[micro].take(given)
+        real, condition, uncondition = given
         scale = 1 / (len(index) * settings.accumulation)
         shape, gather, share = self.data.shape, self.ranks.gather, self._share
         return Batch(index, self.noise, scale, shape, real, condition, uncondition, gather, share)
@@ -294,7 +385,12 @@ class Trainer:
                 "rounded to nearest when they are gathered from float32 shards: turn it off"
             )
         arena = self.parallel.arena(
-            module, role, compute_dtype=low, averages=int(is_student), moments=settings.moments
+            module,
+            role,
+            compute_dtype=low,
+            averages=int(is_student),
+            moments=settings.moments,
+            static=settings.cuda_graph,
         )
         return OptimizerStep(
             arena,
@@ -302,8 +398,21 @@ class Trainer:
             half_lives=[settings.ema_half_life] if is_student else [],
             stochastic_rounding=stochastic,
             seed=self.seed,
+            rate_on_device=settings.cuda_graph,
+            drop_gradients=settings.drop_gradients,
             **dict(options),
         )
+
+    def _make_graphs(self) -> StepGraphs:
+        if self.parallel.mode == "fsdp":
+            raise ValueError(
+                "cuda_graph is for modes single and resident: in mode fsdp weights are gathered "
+                "to new addresses; turn it off, or choose parallel.mode resident"
+            )
+        return StepGraphs(make_capture(self.device, self._side_streams))
+
+    def _side_streams(self) -> list[torch.cuda.Stream]:
+        return [stream for arena in self.arenas.values() for stream in arena.side_streams()]
 
     def _log(self) -> None:
         """Read the metrics: the one moment at which the host waits for the device."""
@@ -338,6 +447,23 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def accelerate_networks(denoisers: Mapping[str, Denoiser]) -> None:
+    """Replace layers of every denoiser's network by faster ones, in place.
+
+    Raises:
+        ValueError: for a network that has no layer which `fastdistill.accelerate` knows.
+    """
+    from fastdistill.layers import accelerate, is_accelerated
+
+    for role, denoiser in denoisers.items():
+        network = getattr(denoiser.network, "base", denoiser.network)
+        if not is_accelerated(network) and not accelerate(network).replaced:
+            raise ValueError(
+                f"training.accelerate: the {role}'s {type(network).__name__} has no layer that "
+                "fastdistill.accelerate knows; turn it off"
+            )
 
 
 def _whole(value: Tensor) -> Tensor:

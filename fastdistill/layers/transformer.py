@@ -20,6 +20,7 @@ from fastdistill.layers.accelerate import (
     replace_forward,
     runs,
 )
+from fastdistill.layers.priority import priority_of
 from fastdistill.layers.recompute import (
     Gate,
     Inputs,
@@ -130,7 +131,8 @@ def attend(attn: Any, projections: tuple[Tensor, ...], mask: Tensor | None) -> T
     q, k, v = (value.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for value in (q, k, v))
     q = q if attn.norm_q is None else attn.norm_q(q)
     k = k if attn.norm_k is None else attn.norm_k(k)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with priority_of(attn, q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.transpose(1, 2).flatten(2).to(q.dtype)
     return attn.to_out[1](attn.to_out[0](out))
 

@@ -28,9 +28,13 @@ class Network(Protocol):
         """Features for a discriminator, stopping at the last of them."""
 
     def forward_with_features(
-        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        output_graph: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Raw output without a graph, and features with one, from a single pass."""
+        """Raw output and features from a single pass; the output has a graph if asked for."""
 
 
 class Level(NamedTuple):

@@ -39,6 +39,8 @@ class DigitsNetwork(nn.Module):
         embedding: width of the embedding of noise level and class.
     """
 
+    _repeated_blocks = ("_Block",)
+
     def __init__(
         self,
         shape: tuple[int, ...] = (1, 8, 8),
@@ -75,8 +77,7 @@ class DigitsNetwork(nn.Module):
 
     def forward(self, model_input: Tensor, noise_condition: Tensor, condition: Condition) -> Tensor:
         """Raw output of the shape of ``model_input`` [B, C, H, W]; condition: labels int64 [B]."""
-        raw = self._finish(self._hidden(model_input, noise_condition, condition)[-1])
-        return raw.clone()  # FSDP2 warns of outputs that are views
+        return self._finish(self._hidden(model_input, noise_condition, condition)[-1])
 
     def features(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition
@@ -85,11 +86,15 @@ class DigitsNetwork(nn.Module):
         return self._hidden(model_input, noise_condition, condition)
 
     def forward_with_features(
-        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        output_graph: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Raw output without a graph, and the features, from one pass."""
+        """Raw output, with a graph if asked for, and the features, from one pass."""
         hidden = self._hidden(model_input, noise_condition, condition)
-        with torch.no_grad():
+        with torch.set_grad_enabled(output_graph and torch.is_grad_enabled()):
             return self._finish(hidden[-1]), hidden
 
     def _hidden(
@@ -111,4 +116,5 @@ class DigitsNetwork(nn.Module):
         return states
 
     def _finish(self, hidden: Tensor) -> Tensor:
-        return self.leave(hidden).unflatten(1, self.shape)
+        raw = self.leave(hidden).unflatten(1, self.shape)
+        return raw.clone()  # FSDP2 warns of outputs that are views

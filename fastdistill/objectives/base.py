@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Update:
     """Noise-level bin of each sample, for metrics that are also reported by level  # [B]"""
     by_level: tuple[str, ...] = ()
     """Names of the metrics reported by noise level."""
+    shared: Any = None
+    """In a student's update: a pass of the critic that its own update of this step can use."""
 
     def backward(self) -> None:
         """Accumulate gradients into every parameter that the graphs reach."""
@@ -81,6 +84,25 @@ class Objective(nn.Module, abc.ABC):
         """Networks that `critic_update` trains, by role; none in a method without a critic."""
         return {}
 
+    def networks(self) -> dict[str, Denoiser]:
+        """Every denoiser that a step runs, by role, frozen ones too."""
+        roles: dict[str, Any] = {"student": self.student, **self.critic_modules()}
+        return {role: module for role, module in roles.items() if isinstance(module, Denoiser)}
+
+    def frozen_roles(self) -> list[str]:
+        """Critic modules that the student's gradient passes through: their weights stay out of it.
+
+        All by default; fewer save the host's time, as each is told tensor by tensor.
+        """
+        return list(self.critic_modules())
+
+    def course(self, noise: Noise) -> Hashable:
+        """What the host decides about the course of `generate`, by the seed and the step alone.
+
+        Steps of one course launch the same kernels, so that one CUDA graph holds them.
+        """
+        return None
+
     @abc.abstractmethod
     def generate(self, batch: Batch) -> Tensor:
         """Samples of the student, with a graph where gradients are enabled  # [B, ...]"""
@@ -89,6 +111,12 @@ class Objective(nn.Module, abc.ABC):
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         """Cotangents of the student's update from its samples (with a graph)."""
 
-    def critic_update(self, batch: Batch, sample: Tensor) -> Update:
-        """Cotangents of the critic's update (and the discriminator's) from detached samples."""
+    def critic_update(self, batch: Batch, sample: Tensor, shared: Any = None) -> Update:
+        """Cotangents of the critic's update (and the discriminator's) from detached samples.
+
+        Args:
+            batch: what the samples were generated for.
+            sample: the student's samples, detached  # [B, ...]
+            shared: what the student's update of this step left for it in ``Update.shared``.
+        """
         raise TypeError(f"{type(self).__name__} names critic_modules but has no critic_update")

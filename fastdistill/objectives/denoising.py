@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdistill.diffusion import Parametrisation, TimestepLaw, loss_weight
-from fastdistill.models import Denoiser
+from fastdistill.models import Denoiser, Level
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.ops import denoising_cotangent, log_snr_bin, renoise
 
 
-def denoising_update(
-    denoiser: Denoiser,
-    batch: Batch,
-    sample: Tensor,
-    law: TimestepLaw,
-    loss_space: Parametrisation,
-    stream: str,
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """One weighted denoising loss of ``denoiser`` on clean samples [B, ...].
+class Noised(NamedTuple):
+    """Clean samples at a noise level, as a network reads them."""
 
-    Returns:
-        The (raw output, cotangent) pair, the loss of each sample [B], and t [B].
-    """
+    level: Level
+    x_t: Tensor
+    model_input: Tensor
+
+
+def noised_for(
+    denoiser: Denoiser, batch: Batch, sample: Tensor, law: TimestepLaw, stream: str
+) -> Noised:
+    """Clean samples [B, ...] at times of a law, with the noise of the stream."""
     t = law.sample(denoiser.process, batch.noise, f"{stream}-t", batch.index)
     level = denoiser.level(t)
     x_t, model_input = renoise(
@@ -37,12 +37,43 @@ def denoising_update(
         level.input_scale,
         denoiser.input_dtype,
     )
-    prediction = denoiser.network(model_input, level.noise_condition, batch.condition)
+    return Noised(level, x_t, model_input)
+
+
+def denoising_pair(
+    prediction: Tensor,
+    sample: Tensor,
+    x_t: Tensor,
+    level: Level,
+    loss_space: Parametrisation,
+    scale: float,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The weighted denoising loss of a raw prediction: (prediction, cotangent), and loss [B]."""
     weight = loss_weight(loss_space, level.alpha, level.sigma)
     cotangent, loss = denoising_cotangent(
-        prediction.detach(), sample, x_t, level.coefficients, weight, batch.scale
+        prediction.detach(), sample, x_t, level.coefficients, weight, scale
     )
-    return (prediction, cotangent), loss, t
+    return (prediction, cotangent), loss
+
+
+def denoising_update(
+    denoiser: Denoiser,
+    batch: Batch,
+    sample: Tensor,
+    law: TimestepLaw,
+    loss_space: Parametrisation,
+    stream: str,
+) -> tuple[tuple[Tensor, Tensor], Tensor, Level]:
+    """One weighted denoising loss of ``denoiser`` on clean samples [B, ...].
+
+    Returns:
+        The (raw output, cotangent) pair, the loss of each sample [B], and the noise level.
+    """
+    noised = noised_for(denoiser, batch, sample, law, stream)
+    level = noised.level
+    raw = denoiser.network(noised.model_input, level.noise_condition, batch.condition)
+    pair, loss = denoising_pair(raw, sample, noised.x_t, level, loss_space, batch.scale)
+    return pair, loss, level
 
 
 class Denoising(Objective):
@@ -78,9 +109,8 @@ class Denoising(Objective):
             batch = dataclasses.replace(
                 batch, condition=torch.where(dropped, batch.uncondition, batch.condition)
             )
-        pair, loss, t = denoising_update(
+        pair, loss, level = denoising_update(
             self.student, batch, sample, self.law, self.loss_space, "denoising"
         )
-        alpha, sigma = self.student.process.alpha_sigma(t)
-        bins = log_snr_bin(alpha, sigma, self.noise_bins, *self.log_snr_range)
+        bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
         return Update([pair], {"loss": loss}, bins, ("loss",))

@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastdistill.diffusion import Parametrisation, TimestepLaw, starting_point
+from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw, starting_point
 from fastdistill.models import Condition, Denoiser, Level
 from fastdistill.objectives.base import Batch, Objective, Update
-from fastdistill.objectives.denoising import denoising_update
+from fastdistill.objectives.denoising import (
+    denoising_pair,
+    denoising_update,
+    noised_for,
+)
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
 from fastdistill.objectives.divergences import Divergence, get_divergence
 from fastdistill.ops import density_ratio_weight, log_snr_bin, matching_cotangent, renoise
@@ -50,6 +54,38 @@ class MatchingSettings:
     logit_clamp: float = 10.0
     ratio_min: float = 0.1
     ratio_max: float = 20.0
+    share_critic_forward: bool = False
+    """On the student's turn let the critic's forward at the student's (x_t, t), drawn from
+    ``matching_law``, serve its own update too: a forward less, and one of its updates a cycle is
+    at that law's times instead of ``critic_law``'s."""
+    share_feature_forward: bool = False
+    """Let the pass of the critic's own loss also yield the features of the generated samples, so
+    that the discriminator is trained at ``critic_law``'s times instead of ``matching_law``'s."""
+
+    def __post_init__(self) -> None:
+        check_sharing(self)
+
+    @property
+    def needs_discriminator(self) -> bool:
+        """Whether the method reads a discriminator."""
+        return self.gan_weight > 0 or self.divergence.needs_ratio
+
+
+def check_sharing(settings: Any) -> None:
+    """Raise ValueError for shared forwards that the other settings leave nothing to share for."""
+    reads_critic = settings.needs_discriminator and settings.gan_features == "critic"
+    if settings.share_feature_forward and not reads_critic:
+        raise ValueError(
+            "share_feature_forward is for a discriminator that reads the critic's features; set "
+            "gan_features: critic (and a gan_weight, or a divergence that reads the density "
+            "ratio), or turn it off"
+        )
+    if settings.share_critic_forward and reads_critic:
+        raise ValueError(
+            "share_critic_forward is not for gan_features: critic, where the student's gradient "
+            "passes through the critic with frozen weights; set gan_features: teacher, or turn it "
+            "off"
+        )
 
 
 class DistributionMatching(Objective):
@@ -85,13 +121,12 @@ class DistributionMatching(Objective):
     ) -> None:
         super().__init__()
         settings = settings or MatchingSettings()
-        needs_discriminator = settings.gan_weight > 0 or settings.divergence.needs_ratio
-        if needs_discriminator and discriminator is None:
+        if settings.needs_discriminator and discriminator is None:
             raise ValueError(
                 f"divergence {settings.divergence.name} with gan_weight {settings.gan_weight} "
                 "needs a discriminator"
             )
-        if not needs_discriminator and discriminator is not None:
+        if not settings.needs_discriminator and discriminator is not None:
             raise ValueError(
                 "a discriminator is given, but reverse_kl with gan_weight 0 uses none; drop it, "
                 "or choose another divergence or a GAN weight"
@@ -122,6 +157,20 @@ class DistributionMatching(Objective):
             roles["discriminator"] = self.discriminator
         return roles
 
+    def networks(self) -> dict[str, Denoiser]:
+        return {**super().networks(), "teacher": self.teacher}
+
+    def frozen_roles(self) -> list[str]:
+        if self.settings.gan_weight == 0:
+            return []  # no gradient passes through a critic
+        reads_critic = self.settings.gan_features == "critic"
+        return ["discriminator", *(["critic"] if reads_critic else [])]
+
+    def course(self, noise: Noise) -> int:
+        """How many of the student's times come before the one that is trained."""
+        steps = len(self.student_times)
+        return noise.choice("backward-simulation", steps) if steps > 1 else 0
+
     def generate(self, batch: Batch) -> Tensor:
         """The student's sample; with several times, at a step drawn for the whole batch.
 
@@ -129,12 +178,10 @@ class DistributionMatching(Objective):
         student is trained on the inputs that it will see. The one critic follows the mixture of all
         steps' samples, so that it is their mixture that is matched to the teacher.
         """
-        steps = len(self.student_times)
-        last = batch.noise.choice("backward-simulation", steps) if steps > 1 else 0
         process = self.student.process
         t = torch.full(batch.index.shape, self.student_times[0], device=batch.index.device)
         x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
-        for k in range(1, last + 1):
+        for k in range(1, self.course(batch.noise) + 1):
             with torch.no_grad():
                 x0 = self.student(x_t, t, batch.condition)
             t = torch.full_like(t, self.student_times[k])
@@ -145,27 +192,21 @@ class DistributionMatching(Objective):
 
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         settings = self.settings
-        t = self.matching_law.sample(self.teacher.process, batch.noise, "matching-t", batch.index)
-        level = self.teacher.level(t)
-        key = batch.noise.key("matching-noise")
         # Only the GAN term looks at x_t as a function of the sample; the rest is a constant to it.
         source = sample if settings.gan_weight > 0 else sample.detach()
-        noised = renoise(
-            source,
-            level.alpha,
-            level.sigma,
-            key,
-            batch.index,
-            level.input_scale,
-            self.teacher.input_dtype,
-        )
+        noised = noised_for(self.teacher, batch, source, self.matching_law, "matching")
+        level = noised.level
         critic_level, critic_input = self._critic_view(level, noised.x_t, noised.model_input)
         raw_teacher, raw_uncond, raw_critic, logits = self._evaluate(
             {"teacher": level, "critic": critic_level},
             {"teacher": noised.model_input, "critic": critic_input},
             batch,
         )
-        bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
+        shared = None
+        if settings.share_critic_forward:
+            shared = raw_critic, noised.x_t.detach(), critic_level
+            raw_critic = raw_critic.detach()
+        bins = self._bins(level)
         weight, metrics = self._weight(logits, bins, batch)
         matched = matching_cotangent(
             sample.detach(),
@@ -195,14 +236,46 @@ class DistributionMatching(Objective):
         by_level = ["score_gap", "residual"]
         if weight is not None:
             by_level.append("ratio")
-        return Update(pairs, metrics, bins, tuple(by_level))
+        return Update(pairs, metrics, bins, tuple(by_level), shared)
 
-    def critic_update(self, batch: Batch, sample: Tensor) -> Update:
-        pair, loss, _ = denoising_update(
-            self.critic, batch, sample, self.critic_law, self.critic_loss_space, "critic"
-        )
+    def critic_update(self, batch: Batch, sample: Tensor, shared: Any = None) -> Update:
+        if self.settings.share_feature_forward:
+            return self._critic_and_discriminator_update(batch, sample)
+        if shared is None:
+            pair, loss, _ = denoising_update(
+                self.critic, batch, sample, self.critic_law, self.critic_loss_space, "critic"
+            )
+        else:
+            raw, x_t, level = shared
+            pair, loss = denoising_pair(
+                raw, sample, x_t, level, self.critic_loss_space, batch.scale
+            )
         update = Update([pair], {"loss": loss})
         return update if self.discriminator is None else self._discriminate(batch, sample, update)
+
+    def _critic_and_discriminator_update(self, batch: Batch, sample: Tensor) -> Update:
+        """Both losses at one (x_t, t): the critic's pass on x_t yields the fakes' features too.
+
+        The real samples get the same level and noise, so that the logit sees only what tells the
+        two apart.
+        """
+        assert batch.real is not None
+        critic = self.critic
+        noised = noised_for(critic, batch, sample, self.critic_law, "critic")
+        real = noised_for(critic, batch, batch.real, self.critic_law, "critic")
+        level = noised.level
+        raw, fake_features = critic.network.forward_with_features(
+            noised.model_input, level.noise_condition, batch.condition, output_graph=True
+        )
+        real_features = critic.network.features(
+            real.model_input, level.noise_condition, batch.condition
+        )
+        pair, loss = denoising_pair(
+            raw, sample, noised.x_t, level, self.critic_loss_space, batch.scale
+        )
+        features = [torch.cat(both) for both in zip(fake_features, real_features, strict=True)]
+        update = Update([pair], {"loss": loss})
+        return self._discriminated(features, self._bins(level), batch, update)
 
     def _evaluate(
         self, levels: dict[str, Level], inputs: dict[str, Tensor], batch: Batch
@@ -228,10 +301,12 @@ class DistributionMatching(Objective):
                 raw["teacher"], uncond = self._guided(
                     levels["teacher"], inputs["teacher"], batch, raw.get("teacher")
                 )
-            for role, network in networks.items():
-                if role not in raw:
-                    level = levels[role]
-                    raw[role] = network(inputs[role], level.noise_condition, batch.condition)
+        for role, network in networks.items():
+            if role not in raw:
+                graded = role == "critic" and settings.share_critic_forward
+                level, model_input = levels[role], inputs[role].detach()
+                with torch.set_grad_enabled(graded):
+                    raw[role] = network(model_input, level.noise_condition, batch.condition)
         return raw["teacher"], uncond, raw["critic"], logits
 
     def _guided(
@@ -260,6 +335,9 @@ class DistributionMatching(Objective):
         if level.input_scale is not None:
             x_t = level.input_scale.reshape(-1, *[1] * (x_t.ndim - 1)) * x_t
         return level, x_t.to(critic.input_dtype or x_t.dtype)
+
+    def _bins(self, level: Level) -> Tensor:
+        return log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
 
     def _weight(
         self, logits: Tensor | None, bins: Tensor, batch: Batch
@@ -291,7 +369,6 @@ class DistributionMatching(Objective):
 
     def _discriminate(self, batch: Batch, sample: Tensor, update: Update) -> Update:
         """Add the discriminator's loss on real and generated samples, in one pass of 2 B."""
-        assert self.discriminator is not None
         assert batch.real is not None
         settings = self.settings
         owner = self.teacher if settings.gan_features == "teacher" else self.critic
@@ -310,20 +387,27 @@ class DistributionMatching(Objective):
         condition = concatenate_conditions(batch.condition, batch.condition)
         with torch.set_grad_enabled(settings.gan_features == "critic"):
             features = owner.network.features(noised.model_input, level.noise_condition, condition)
+        return self._discriminated(features, self._bins(level)[: len(t)], batch, update)
+
+    def _discriminated(
+        self, features: list[Tensor], bins: Tensor, batch: Batch, update: Update
+    ) -> Update:
+        """Add the discriminator's loss on the features of B generated and B real samples."""
+        assert self.discriminator is not None
+        settings = self.settings
         logits = self.discriminator(features)
         fake_logits, real_logits = logits.chunk(2)
         scale = settings.gan_critic_weight * batch.scale
         fake = logistic_cotangent(fake_logits, real=False, scale=scale)
         real = logistic_cotangent(real_logits, real=True, scale=scale)
         correct = (fake_logits.mean(1) < 0).float() + (real_logits.mean(1) > 0).float()
-        bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
         metrics = update.metrics | {
             "discriminator_loss": fake.loss + real.loss,
             "discriminator_accuracy": correct / 2,
         }
         pair = (logits, torch.cat((fake.cotangent, real.cotangent)))
         by_level = ("discriminator_accuracy",)
-        return Update([*update.pairs, pair], metrics, bins[: len(t)], by_level)
+        return Update([*update.pairs, pair], metrics, bins, by_level)
 
 
 def concatenate_conditions(first: Condition, second: Condition) -> Condition:

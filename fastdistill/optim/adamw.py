@@ -307,13 +307,14 @@ class ArenaAdamW(torch.optim.Optimizer):
         lrs = [group["lr"] for group in groups]
         shared: dict[str, Any] = {"betas": first["betas"], "eps": first["eps"]}
         shared["weight_decay"] = [group["weight_decay"] for group in groups]
-        if isinstance(lrs[0], Tensor) and lrs[0].device.type != "cpu":
-            if any(lr is not lrs[0] for lr in lrs):
+        if isinstance(lrs[0], Tensor) and lrs[0].device == self.arena.device:
+            if all(lr is lrs[0] for lr in lrs):
+                return shared | {"lr": [1.0] * len(lrs), "lr_factor": lrs[0]}
+            if lrs[0].device.type != "cpu":
                 raise ValueError(
                     "groups have learning rates in several tensors on the device; use one tensor "
                     "for all, or numbers"
                 )
-            return shared | {"lr": [1.0] * len(lrs), "lr_factor": lrs[0]}
         return shared | {"lr": [float(lr) for lr in lrs]}
 
     def _refuse_strangers(self) -> None:

@@ -33,6 +33,9 @@ class OptimizerStep:
             early averages forget faster, at (1 + n) / (10 + n) after n updates.
         stochastic_rounding: round bfloat16 weights stochastically.
         seed: seed of stochastic rounding.
+        rate_on_device: keep the learning rate in a device scalar, as a CUDA graph needs it.
+        drop_gradients: forget gradients after an update instead of clearing them
+            (`ArenaAdamW.zero_grad`).
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class OptimizerStep:
         half_lives: Sequence[float] = (),
         stochastic_rounding: bool = False,
         seed: int = 0,
+        rate_on_device: bool = False,
+        drop_gradients: bool = False,
     ) -> None:
         for half_life in half_lives:
             if half_life <= 0:
@@ -69,18 +74,31 @@ class OptimizerStep:
         )
         self.lr, self.updates = lr, updates
         self.schedule, self.warmup, self.final = schedule, warmup, final
+        self.drop_gradients = drop_gradients
+        self._rate = torch.full((), lr, device=arena.device) if rate_on_device else None
 
     def step(self, update: int) -> dict[str, Tensor]:
-        """Apply the accumulated gradients as update number ``update``, and clear them.
+        """`set_rate` and `apply`."""
+        self.set_rate(update)
+        return self.apply()
+
+    def set_rate(self, update: int) -> None:
+        """Set the learning rate of update number ``update``."""
+        factor = learning_rate_factor(update, self.updates, self.schedule, self.warmup, self.final)
+        rate: float | Tensor = self.lr * factor
+        if self._rate is not None:
+            rate = self._rate.fill_(rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def apply(self) -> dict[str, Tensor]:
+        """Update the weights from the accumulated gradients, and clear these.
 
         Returns:
             Device scalars: ``grad_norm`` before clipping, ``skipped`` (1 if not finite, else 0).
         """
-        factor = learning_rate_factor(update, self.updates, self.schedule, self.warmup, self.final)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(self.drop_gradients)
         self.arena.publish()
         norm = self.optimizer.grad_norm
         return {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).to(torch.float32)}

@@ -115,6 +115,32 @@ def move_into_arena(arena: ShardedArena, modules: Sequence[FSDPModule]) -> list[
     ]
 
 
+def keep_gathered_memory(modules: Sequence[FSDPModule]) -> None:
+    """Let gathered weights keep their memory, and so their addresses, when they are given up.
+
+    Raises:
+        RuntimeError: where this torch has no such hook.
+    """
+    for one in (
+        one for module in modules for group in _groups(module) for one in group.fsdp_params
+    ):
+        if not hasattr(one, "free_unsharded_param"):
+            raise RuntimeError(
+                f"FSDP2 of torch {torch.__version__} has no free_unsharded_param, so that gathered "
+                "weights change their addresses; turn cuda_graph off"
+            )
+        one.free_unsharded_param = lambda: None
+
+
+def communication_streams(modules: Sequence[FSDPModule]) -> list[torch.cuda.Stream]:
+    """The CUDA streams on which FSDP2 gathers and reduces, once a forward has made them."""
+    found: dict[torch.cuda.Stream, None] = {}
+    for module in modules:
+        context = vars(module._get_fsdp_state()._comm_ctx)
+        found |= dict.fromkeys(v for v in context.values() if isinstance(v, torch.cuda.Stream))
+    return list(found)
+
+
 def _groups(module: Any) -> list[Any]:
     """FSDP2's groups of a module's parameters: one, or none where all are its children's."""
     state = module._get_fsdp_state()

@@ -22,6 +22,14 @@ LARGEST_RESIDENT = 3_000_000_000
 _METHODS = ("features", "forward_with_features")
 
 
+def fitting_mode(processes: int, module: nn.Module) -> Mode:
+    """The mode for this many processes and a network of this size."""
+    if processes == 1:
+        return "single"
+    size = sum(parameter.numel() for parameter in module.parameters())
+    return "resident" if size <= LARGEST_RESIDENT else "fsdp"
+
+
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """The processes of a run and what each of them holds of a network.
@@ -61,10 +69,7 @@ class Parallel:
     @staticmethod
     def fitting(ranks: Ranks, module: nn.Module) -> Mode:
         """The mode for these processes and a network of this size."""
-        if ranks.size == 1:
-            return "single"
-        size = sum(parameter.numel() for parameter in module.parameters())
-        return "resident" if size <= LARGEST_RESIDENT else "fsdp"
+        return fitting_mode(ranks.size, module)
 
     def arena(
         self,
@@ -74,6 +79,7 @@ class Parallel:
         compute_dtype: torch.dtype | None = None,
         averages: int = 0,
         moments: Moments = "float32",
+        static: bool = False,
     ) -> Arena:
         """Take over a network that will be trained, sharding it where the mode says so.
 
@@ -83,6 +89,7 @@ class Parallel:
             compute_dtype: dtype that its forwards compute in; float32 if None.
             averages: number of moving averages of its weights.
             moments: float32 or 8bit.
+            static: keep gathered weights where they are, as a CUDA graph needs them.
 
         Raises:
             ValueError: where ranks hold different weights.
@@ -92,7 +99,13 @@ class Parallel:
             return Arena(module, compute_dtype=compute_dtype, averages=averages, moments=moments)
         resident = self.mode == "resident" or role in self.resident_roles
         self.shard(module, resident=resident, compute_dtype=compute_dtype)
-        return ShardedArena(module, prefetch=resident, averages=averages, moments=moments)
+        return ShardedArena(
+            module,
+            prefetch=resident and not static,
+            static=static,
+            averages=averages,
+            moments=moments,
+        )
 
     def check_alike(self, module: nn.Module) -> None:
         """Make sure that all ranks begin with the same weights, which nothing would notice later.

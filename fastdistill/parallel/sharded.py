@@ -31,7 +31,12 @@ from fastdistill.optim.arena import (
     plan_arena,
     trainable_parameters,
 )
-from fastdistill.parallel._fsdp2 import UnitInArena, move_into_arena
+from fastdistill.parallel._fsdp2 import (
+    UnitInArena,
+    communication_streams,
+    keep_gathered_memory,
+    move_into_arena,
+)
 from fastdistill.parallel.channels_last import (
     hold_channels_last_weights,
     is_held_channels_last,
@@ -89,6 +94,8 @@ class ShardedArena(Arena):
         module: the network, sharded by `shard` or by ``fully_shard`` on dimension 0.
         prefetch: start to gather all units when an update is published, beside what the device does
             until the next forward; for resident weights.
+        static: gather into the same memory every time, within the update; for resident weights of
+            which a CUDA graph knows the address.
         group: parameter group of each parameter; one for all if None.
         averages: number of moving averages.
         moments: float32 or 8bit.
@@ -102,6 +109,7 @@ class ShardedArena(Arena):
         module: nn.Module,
         *,
         prefetch: bool = False,
+        static: bool = False,
         group: Group | None = None,
         averages: int = 0,
         moments: Moments = "float32",
@@ -114,7 +122,7 @@ class ShardedArena(Arena):
         units: dict[str, Any] = {
             name: part for name, part in module.named_modules() if isinstance(part, FSDPModule)
         }
-        self._modules, self._prefetch = list(units.values()), prefetch
+        self._modules, self._prefetch, self._static = list(units.values()), prefetch, static
         numbers = {name: number for number, name in enumerate(units)}
         owners = {names[0]: numbers[owner(names[0], numbers)] for names, _ in named}
         size = mesh.size(mesh.ndim - 1)
@@ -131,6 +139,8 @@ class ShardedArena(Arena):
             self.restart_averages()
         self._shown = "parameter"
         self._moved: list[UnitInArena] | None = move_into_arena(self, self._modules)
+        if static:
+            keep_gathered_memory(self._modules)
 
     @property
     def attached(self) -> bool:
@@ -160,6 +170,9 @@ class ShardedArena(Arena):
             for module in self._modules:
                 module.unshard(async_op=True)
 
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        return communication_streams(self._modules)
+
     def reduce_gradients(self, wanted: bool) -> None:
         for module in self._modules:
             module.set_requires_gradient_sync(wanted, recurse=False)
@@ -181,6 +194,9 @@ class ShardedArena(Arena):
             for unit in self._moved:
                 unit.show(flat)
         self._shown = role
+        if self._static:
+            for module in self._modules:
+                module.unshard()
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

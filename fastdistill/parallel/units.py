@@ -18,7 +18,9 @@ def gathering_units(module: nn.Module, largest: int = LARGEST_UNIT) -> list[str]
     From the network downwards the first submodules of at most ``largest`` parameters are units, but
     for those below a sixteenth of it: they stay in the unit of the module above, at last the
     root's, whose name "" is not in the list. Containers are passed through, since their parents may
-    call their entries one by one.
+    call their entries one by one; so is a network's only child, as the model in an adapter, which
+    is the root's unit itself. Submodules that a network names in ``called_apart``, since it calls
+    them from outside of the unit that they are in, are units of their own before that one.
 
     Args:
         module: the network, on any device.
@@ -26,7 +28,14 @@ def gathering_units(module: nn.Module, largest: int = LARGEST_UNIT) -> list[str]
     """
     if largest < 1:
         raise ValueError(f"largest is {largest}; expected a positive number of parameters")
-    units = [name for child, name in _children(module, "") for name in _units(child, name, largest)]
+    prefix, root = _innermost(module)
+    units = [
+        name for child, name in _children(root, prefix) for name in _units(child, name, largest)
+    ]
+    for name in getattr(module, "called_apart", ()):
+        above = owner(name, units)
+        if above and above != name:
+            units.insert(units.index(above), name)
     tied = _tied_across(module, units)
     return [name for name in units if name not in tied]
 
@@ -50,6 +59,15 @@ def _tied_across(module: nn.Module, units: list[str]) -> set[str]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, set()).add(owner(name, units))
     return {name for shared in owners.values() if len(shared) > 1 for name in shared}
+
+
+def _innermost(module: nn.Module) -> tuple[str, nn.Module]:
+    """The module below all that do nothing but hold one other, and its name."""
+    name, children = "", list(_children(module, ""))
+    while len(children) == 1 and not list(module.parameters(recurse=False)):
+        module, name = children[0]
+        children = list(_children(module, name))
+    return name, module
 
 
 def _units(module: nn.Module, name: str, largest: int) -> Iterator[str]:

@@ -30,6 +30,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import token_cases
 import torch
 import unet_cases
 
@@ -125,6 +126,8 @@ def _all_cases() -> Iterator[Case]:
         yield Case("gaussian", target, "12288x256", "float32", "bfloat16")
         yield Case("density_ratio", target)
         yield Case("density_ratio_large", target)
+        for op, shape in token_cases.names():
+            yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
         for op, shapes in unet_cases.SHAPES.items():
             for shape in shapes:
                 yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
@@ -134,6 +137,9 @@ def _of_the_suite(case: Case) -> bool:
     """All kernels on all targets, and each way to cut a sample and each dtype on sm_90."""
     if case.op in ("density_ratio", "uniform", *VARIANTS) or case.shape == "-":
         return case.target == "sm_90" or case.dtype == "bfloat16" or case.op == "density_ratio"
+    if case.op in token_cases.OPS:
+        first = case.shape == next(iter(token_cases.shapes(case.op)))
+        return case.dtype == "bfloat16" and (first or case.target == "sm_90")
     if case.op in unet_cases.SHAPES:
         middle = case.shape == unet_cases.SHAPES[case.op][1]
         return middle and (case.target == "sm_90" or case.dtype == "bfloat16")
@@ -308,6 +314,8 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
                 match_scores()
             finally:
                 matching.cut = before
+        case op if op in token_cases.OPS:
+            token_cases.launch(op, case.shape, BATCH, dtype, meta)
         case op if op in unet_cases.SHAPES:
             unet_cases.launch(op, case.shape, BATCH, dtype, meta)
         case bad:
@@ -445,7 +453,7 @@ def _expected(
     samples = {
         name: value
         for name, value in tensors.items()
-        if value.ndim > 2 and value.numel() >= BATCH * bound["N"]
+        if (value.ndim > 2 and value.numel() >= BATCH * bound["N"]) or name in token_cases.CHANNELS
     }
     # A thread has as many neighbours as fill 128 bits of the narrowest tensor; what lies past the
     # sample is cut off by whole rows of threads where the compiler folds the mask, as for CUDA.
@@ -454,8 +462,12 @@ def _expected(
     lanes = row * math.ceil(lanes / row)
     loads: collections.Counter[int] = collections.Counter()
     stores: collections.Counter[int] = collections.Counter()
-    for value in samples.values():
-        side = loads if any(value is tensor for tensor in given) else stores
+    for name, value in samples.items():
+        side = (
+            loads
+            if any(value is tensor for tensor in given) or name in token_cases.CHANNELS
+            else stores
+        )
         side[16] += lanes * value.element_size()
     exact = bound["N"] if bound["PARTS"] == 1 else bound["BLOCK"]
     read, written = (sum(side.values()) // lanes * exact for side in (loads, stores))
@@ -507,6 +519,8 @@ def _rounded(size: int, threads: int) -> int:
 
 def _tile(bound: dict[str, Any]) -> int:
     """Bytes of basis and samples, means and variances, or of a range, that a loop takes at once."""
+    if token_cases.is_one(bound):
+        return token_cases.tile(bound)
     if "basis_ptr" in bound:
         basis = bound["DIRECTIONS"] * bound["basis_ptr"].element_size()
         return bound["ELEMENTS"] * (basis + bound["SAMPLES"] * bound["x_ptr"].element_size())

@@ -11,16 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """torch's flash attention, which keeps its inputs, its output and one number a row."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False)[
-        0
-    ]
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """torch's flash attention, which keeps its inputs, its output and one number a row.
+
+    With a mask, its memory-efficient attention, which keeps the mask too.
+    """
+    if attn_mask is None:
+        rest = (0.0, False, False)
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, *rest)[0]
+    mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, mask, True)[0]
 
 
 def saved_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
     """Bytes of the different storages that the graph of ``call()`` holds beside parameters."""
-    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    known = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
     saved: dict[int, Tensor] = {}  # the tensors too, so that no address is used again
 
     def pack(tensor: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ def test_what_each_patch_replaces_in_an_sdxl():
         "output_norm": 1,
         "gated_feed_forward": 8,
         "transformer_block": 8,
+        "attention_priority": 16,
     }
     assert accelerate(module, only=["spatial_input"]).replaced == {"spatial_input": 4}
 

@@ -15,15 +15,18 @@ from fastdistill.ops.adamw import _adamw_ema_
 from fastdistill.ops.consistency import _consistency_cotangent
 from fastdistill.ops.denoising import _denoising_cotangent
 from fastdistill.ops.density_ratio import _density_ratio_weight
+from fastdistill.ops.gated_residual import _gated_residual, _gated_residual_backward
 from fastdistill.ops.gaussian import _gaussian_transport
 from fastdistill.ops.glu import _geglu, _geglu_backward
 from fastdistill.ops.group_norm import _group_norm_silu, _group_norm_silu_backward
 from fastdistill.ops.matching import _matching_cotangent
 from fastdistill.ops.mixture import _mixture_denoise, _mixture_denoise_backward
+from fastdistill.ops.modulated_norm import _modulated_norm, _modulated_norm_backward
 from fastdistill.ops.noise import _normal, _uniform
 from fastdistill.ops.norm import _sum_of_squares
 from fastdistill.ops.projection import _projection_cotangents
 from fastdistill.ops.renoise import _renoise
+from fastdistill.ops.rms_norm_rope import _rms_norm_rope, _rms_norm_rope_backward
 
 Arguments = tuple[Any, ...]
 
@@ -57,6 +60,13 @@ def calls(
     state = [torch.rand(96 + elements, generator=generator) for _ in range(6)]
     updated = (*state[:4], torch.zeros(()), state[4:], torch.zeros_like(state[0]).bfloat16())
     scalars = (torch.tensor(2.0), torch.tensor(3.0), torch.tensor(0.5), key)
+    tokens, h, v = (torch.randn(batch, 5, 8, generator=generator).to(dtype) for _ in range(3))
+    live = tokens.clone().requires_grad_(grad)
+    # Chunks of one tensor, so that samples lie apart.
+    scale, shift, gate = torch.randn(batch, 24, generator=generator).to(dtype).chunk(3, dim=1)
+    mean, rstd = torch.randn(2, batch, 5, generator=generator).abs().unbind()
+    heads, text = tokens.view(batch, 5, 2, 4), h[:, :2].contiguous().view(batch, 2, 2, 4)
+    w1, w2, angles = v[0, 0, :4], v[0, 1, :4], torch.randn(2, 7, 4, generator=generator)
     image = torch.randn(batch, 6, 3, 5, generator=generator).to(dtype)
     image_grad = torch.randn(batch, 6, 3, 5, generator=generator).to(dtype)
     normed = image.clone().requires_grad_(grad)
@@ -89,6 +99,15 @@ def calls(
         _gaussian_transport: (x, means[0], means.T.contiguous(), a, b, c, gains, d, a, gains),
         _mixture_denoise: (x, a, b, means, spread, log_weights),
         _mixture_denoise_backward: (*(x.detach(), a, b, means, spread, gains.softmax(1), x_t, c),),
+        _modulated_norm: (live, h, gate, scale, shift, True, 1e-6),
+        _modulated_norm_backward: (tokens, h, gate, scale, mean, rstd, v, h, True, True),
+        _gated_residual: (live, h, gate),
+        _gated_residual_backward: (v, gate, h),
+        _rms_norm_rope: (live.view(batch, 5, 2, 4), w1, text, w2, *angles, 1e-6),
+        _rms_norm_rope_backward: (
+            *(torch.cat((heads, text), dim=1), heads, w1, text, w2, *angles),
+            1e-6,
+        ),
         _geglu: (normed.flatten(2)[..., :14], "tanh"),
         _geglu_backward: (image_grad[..., 0], image[..., 0].repeat(1, 1, 2), "none", True),
         _group_norm_silu: (normed, embedding, norm_weight, norm_bias, 2, 1e-5, True),
