@@ -74,37 +74,28 @@ def sample(
     label: Annotated[
         int | None, typer.Option(help="Class of all images; all in turn if absent.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Encoded prompts, in their order; the run's data if absent.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A .png grid or .npy array; samples.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="A .png grid or .npy array of samples; samples.png."),
     ] = None,
 ) -> None:
     """Draw images with a run's student."""
     import numpy
-    import torch
 
-    from fastdistill.diffusion import Noise
-    from fastdistill.engine import sampling
-    from fastdistill.engine.saved import load_denoiser
+    from fastdistill.engine import drawing
 
     path = output or run / "samples.png"
     if path.suffix not in (".png", ".npy"):
         raise ValueError(f"--output is {path}; expected a name that ends in .png or .npy")
-    student, description = load_denoiser(run / "student")
-    if description.times is None:
-        raise ValueError(f"{run / 'student'} is no student: it has no times to be sampled at")
-    if label is not None and not 0 <= label < description.classes:
-        raise ValueError(f"--label is {label}; expected 0 to {description.classes - 1}")
-    labels = sampling.balanced_labels(description.classes, count, torch.device("cpu"))
-    if label is not None and labels is not None:
-        labels = torch.full_like(labels, label)
-    noise = Noise(seed).at(sampling.EVALUATION_STEP)
-    shape = description.shape
-    images = sampling.sample_student(student, description.times, labels, count, shape, noise)
+    samples, pictures = drawing.draw(run, count, seed, label, data, device)
     if path.suffix == ".npy":
-        numpy.save(path, images.numpy())
+        numpy.save(path, samples.cpu().numpy())
     else:
-        rows = -(-count // 10)
-        sampling.save_grid(path, [("student", images)], rows, min(10, count))
+        drawing.save_grid(path, {"student": samples}, pictures)
     say(f"{count} images: {path}")
 
 
@@ -112,14 +103,8 @@ def sample(
 def evaluate(run: RunFolder) -> None:
     """Judge a run's saved teacher and student again, and print the table."""
     from fastdistill.engine.job import Job
-    from fastdistill.engine.saved import load_denoiser
 
-    job = Job.open(run, say)
-    teacher_path = job.recipe.teacher.path or run / "teacher"
-    teacher = load_denoiser(teacher_path, job.device).denoiser
-    student = load_denoiser(run / "student", job.device).denoiser
-    summary, _ = job.evaluate(teacher, student)
-    _print_comparison(summary)
+    _print_comparison(Job.open(run, say).evaluate())
 
 
 @app.command()

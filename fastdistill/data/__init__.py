@@ -4,16 +4,17 @@ from fastdistill.data.base import Data, Order, RealBatch
 from fastdistill.data.digits import digits
 from fastdistill.data.encoded import EncodedData
 from fastdistill.data.images import ImageData
+from fastdistill.data.labels import Labels
 from fastdistill.data.memory import InMemoryData
 from fastdistill.data.prefetch import Prefetched
 from fastdistill.data.sources import Record, Source, open_source
 
 __all__ = [
-    "DATA_SETS",
     "Data",
     "EncodedData",
     "ImageData",
     "InMemoryData",
+    "Labels",
     "Order",
     "Prefetched",
     "RealBatch",
@@ -22,5 +23,3 @@ __all__ = [
     "digits",
     "open_source",
 ]
-
-DATA_SETS = {"digits": digits}

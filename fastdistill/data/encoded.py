@@ -62,7 +62,10 @@ class EncodedData:
         return len(self._tensors)
 
     def batch(self, seed: int, step: int, count: int, share: slice = slice(None)) -> RealBatch:
-        rows = self._order.rows(seed, step, count)[share].tolist()
+        return self.rows(self._order.rows(seed, step, count)[share].tolist())
+
+    def rows(self, rows: list[int]) -> RealBatch:
+        """The samples with these numbers, as the source counts them."""
         condition = {name: self._condition(name, rows) for name in self._names}
         uncondition = {
             name: self._null[name].expand_as(value) if name in self._null else value

@@ -76,6 +76,11 @@ class Prefetched:
         """Shape of one sample."""
         return self.data.shape
 
+    @property
+    def classes(self) -> int:
+        """Number of classes of the data set; 0 without labels."""
+        return getattr(self.data, "classes", 0)
+
     def batch(self, seed: int, step: int, count: int, share: slice = slice(None)) -> RealBatch:
         begin = time.perf_counter()
         call = _Call(seed, step, count, (share.start, share.stop, share.step))

@@ -190,7 +190,8 @@ def check_finite(kind: str, values: Tensor, names: Sequence[str]) -> None:
     """
     if not values.is_floating_point():
         return
-    broken = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten()
+    finite = torch.isfinite(values).reshape(len(values), -1).all(1)
+    broken = (~finite).nonzero().flatten()
     if len(broken):
         dtype = str(values.dtype).removeprefix("torch.")
         raise ValueError(

@@ -6,6 +6,7 @@ is not loaded.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -181,15 +182,28 @@ class PipelineEncoder:
         """The pipeline without denoiser, VAE and what else takes no part in texts."""
         import diffusers
 
-        absent = ("unet", "transformer", "vae", "safety_checker", "image_encoder")
-        components: dict[str, Any] = {name: None for name in absent if name in self._index}
-        if self.name == "StableDiffusion3Pipeline" and self._index["text_encoder_3"][0] is None:
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"a {self.name} has text encoders of transformers, which is not installed: "
+                "pip install 'fastdistill[text]'"
+            ) from error
+        unused = ("unet", "transformer", "vae", "safety_checker", "image_encoder")
+        components: dict[str, Any] = {
+            name: None
+            for name, kind in self._index.items()
+            if name in unused or (isinstance(kind, (list, tuple)) and kind[0] is None)
+        }
+        if self.name == "StableDiffusion3Pipeline" and "text_encoder_3" in components:
             with torch.device("meta"):  # whose configuration says how wide T5's zeros are
                 kind = diffusers.SD3Transformer2DModel
                 components["transformer"] = kind.from_config(self._model_config)
-        pipeline = getattr(diffusers, self.name).from_pretrained(
-            teacher, torch_dtype=precision, **components
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions say dtype
+            pipeline = getattr(diffusers, self.name).from_pretrained(
+                teacher, torch_dtype=precision, **components
+            )
         for name, part in pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to(self.device).requires_grad_(False).eval()
@@ -198,7 +212,7 @@ class PipelineEncoder:
     def _load_vae(self, teacher: Path | str) -> Any:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae").float()
         return vae.to(self.device).requires_grad_(False).eval()
 
     @torch.inference_mode()

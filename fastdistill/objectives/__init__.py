@@ -5,6 +5,7 @@ from fastdistill.objectives.denoising import Denoising
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
 from fastdistill.objectives.distribution_matching import DistributionMatching, MatchingSettings
 from fastdistill.objectives.divergences import Divergence, divergence_names, get_divergence
+from fastdistill.objectives.regression import KnowledgeDistillation
 
 __all__ = [
     "Batch",
@@ -12,6 +13,7 @@ __all__ = [
     "Discriminator",
     "DistributionMatching",
     "Divergence",
+    "KnowledgeDistillation",
     "MatchingSettings",
     "Objective",
     "Update",
