@@ -238,7 +238,7 @@ def flux(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def pixels(folder: Path) -> None:
+def pixels(folder: Path, scheduler=diffusers.DDPMScheduler) -> None:
     unet = _random(
         diffusers.UNet2DModel(
             sample_size=8,
@@ -250,7 +250,7 @@ def pixels(folder: Path) -> None:
             attention_head_dim=4,
         )
     )
-    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(folder)
+    diffusers.DDPMPipeline(unet=unet, scheduler=scheduler()).save_pretrained(folder)
 
 
 TEACHERS = {

@@ -197,6 +197,7 @@ def test_every_part_can_be_replaced(dit):
     assert own.objective.critic is critic
     assert own.objective.matching_law is own.objective.critic_law is law
     assert own.objective.settings.normalise is False
+    assert own.student_times == own.objective.student_times == [900.0, 400.0]
     objective = DistributionMatching(student, loaded, critic, (900.0, 400.0), law, law)
     whole = fastdistill.Trainer(dit, objective, labelled(), **SMALL)
     assert whole.objective is objective
