@@ -36,11 +36,11 @@ GUIDANCE, TIME, MAX_NORM, EMA_DECAY = 7.5, 399.0, 10.0, 0.999
 OPTIMIZER: dict[str, Any] = {"lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.01}
 REDUCED: dict[str, dict[str, Any]] = {
     "sdxl": {
-        "sample_size": 16,
-        "block_out_channels": [64, 128, 256],
+        "sample_size": 32,
+        "block_out_channels": [32, 64, 128],
         "transformer_layers_per_block": [1, 1, 2],
         "attention_head_dim": [1, 2, 4],
-        "cross_attention_dim": 128,
+        "cross_attention_dim": 64,
         "addition_time_embed_dim": 32,
         "projection_class_embeddings_input_dim": 6 * 32 + 64,
     },

@@ -161,8 +161,10 @@ class DistributionMatching(Objective):
         return {**super().networks(), "teacher": self.teacher}
 
     def frozen_roles(self) -> list[str]:
-        shared = ("critic",) if self.settings.share_critic_forward else ()
-        return [role for role in self.critic_modules() if role not in shared]
+        if self.settings.gan_weight == 0:
+            return []  # no gradient passes through a critic
+        reads_critic = self.settings.gan_features == "critic"
+        return ["discriminator", *(["critic"] if reads_critic else [])]
 
     def course(self, noise: Noise) -> int:
         """How many of the student's times come before the one that is trained."""

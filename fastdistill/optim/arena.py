@@ -264,9 +264,13 @@ class Arena:
         self._show("parameter")
 
     def mark_written(self) -> None:
-        """Count an update as a write in place, so that autograd refuses graphs from before it."""
+        """Count an update as a write in place, so that autograd refuses graphs from before it.
+
+        It follows `collect_weights`, since when nothing else was written.
+        """
         torch.autograd.graph.increment_version(self.parameters)
-        self._seen = self._look()
+        places, versions = self._seen
+        self._seen = places, [version + 1 for version in versions]
 
     def attach_gradients(self) -> None:
         """Make the gradients views of the arena, where they are not."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_step
+from bench import bench_step, device_step
 from bench.counters import bytes_of, count
 from bench.cycles import REDUCED, EagerCycle, OurCycle, Setting
 
@@ -102,3 +102,36 @@ def test_the_page_has_a_row_for_each_loop(tmp_path, monkeypatch):
     assert rows[1].held > 0
     assert "| fastdistill |" in page
     json.dumps([row.__dict__ for row in rows])
+
+
+def test_the_device_script_measures_a_row_and_its_parts():
+    setting = Setting("dit_xl2_256", 2, True, CPU)
+    row = device_step.measure(setting, "fastdistill, share_critic_forward", seconds=0.0)
+    assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+    assert set(row["parts"]) == {
+        "student's forward",
+        "teacher's and critic's forward, gradient of the sample",
+        "critic's forward and loss",
+        "backward",
+        "optimizer",
+    }
+    assert 0 < sum(row["parts"].values()) < 3 * row["seconds"]
+    rows = [
+        {"setting": setting.label, "variant": "eager loop", **row, "seconds": 2 * row["seconds"]},
+        {"setting": setting.label, "variant": "fastdistill", **row},
+        {"setting": setting.label, "variant": "fastdistill, all", "failed": "out of memory"},
+    ]
+    page = device_step.markdown({"gpu": "none"}, rows)
+    assert "| 2.00 |" in page
+    assert "out of memory" in page
+
+
+def test_the_device_script_has_a_row_for_every_lever_and_setting():
+    rows = list(device_step.rows_in_order(torch.device("cuda"), small=False))
+    assert len(rows) == len(device_step.SETTINGS) * len(device_step.VARIANTS) == len(set(rows))
+    settings = {(setting.model, setting.batch) for setting, _ in rows}
+    assert {("sdxl", 1), ("sdxl", 2), ("sdxl", 6)} < settings
+    eager = [variant for _, variant in rows].index("eager loop")
+    assert eager == 0
+    rehearsed = [variant for _, variant in device_step.rows_in_order(CPU, small=True)]
+    assert not any("cuda_graph" in variant for variant in rehearsed)
