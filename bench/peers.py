@@ -93,3 +93,23 @@ def standard_normal(found: Tensor) -> str | None:
         if not abs(mean - moment) <= 6 * (variance / count) ** 0.5 + 1e-3:
             return f"moment {power} of the noise is {mean:.4f}; expected {moment}"
     return None
+
+
+def forward_and_backward(
+    function: Callable[..., Tensor], leaves: Callable[[Any], tuple[Tensor, ...]]
+) -> Variant:
+    """A variant that runs a layer and differentiates it; the last tensor of a set is the gradient.
+
+    Its results are the layer's and those of `torch.autograd.grad`, in the order of ``leaves``.
+    """
+
+    def bind(inputs: Any) -> Run:
+        live = [value.detach().requires_grad_() for value in leaves(inputs)]
+
+        def run() -> Results:
+            value = function(*live)
+            return value.detach(), *torch.autograd.grad(value, live, inputs[-1])
+
+        return run
+
+    return Variant(bind)

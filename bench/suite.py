@@ -14,6 +14,8 @@ from bench import (
     bench_denoising,
     bench_density_ratio,
     bench_gaussian,
+    bench_glu,
+    bench_group_norm,
     bench_matching,
     bench_mixture,
     bench_noise,
@@ -21,6 +23,7 @@ from bench import (
     bench_optimizer,
     bench_projection,
     bench_renoise,
+    bench_tokens,
 )
 from bench.harness import OURS, Case, Row, identity, measure
 from bench.timers import timer_for
@@ -36,6 +39,11 @@ OPS: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "sum_of_squares": bench_norm.cases,
     "gaussian_transport": bench_gaussian.cases,
     "mixture_denoise": bench_mixture.cases,
+    "modulated_norm": bench_tokens.norms,
+    "gated_residual": bench_tokens.residuals,
+    "rms_norm_rope": bench_tokens.ropes,
+    "geglu": bench_glu.cases,
+    "group_norm_silu": bench_group_norm.cases,
     "normal": bench_noise.cases,
     "density_ratio_weight": bench_density_ratio.cases,
 }

@@ -14,12 +14,14 @@ _PUBLIC = {
     "Denoiser": "fastdistill.models",
     "Job": "fastdistill.engine.job",
     "Noise": "fastdistill.diffusion",
-    "Trainer": "fastdistill.engine.trainer",
+    "Trainer": "fastdistill.engine.dropin",
     "accelerate": "fastdistill.layers",
+    "export": "fastdistill.engine.export",
     "functional": "fastdistill.functional",
     "load_denoiser": "fastdistill.engine.saved",
     "load_recipe": "fastdistill.config",
     "ops": "fastdistill.ops",
+    "optim": "fastdistill.optim",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

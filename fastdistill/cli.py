@@ -1,4 +1,4 @@
-"""The command line: train, resume, sample, evaluate, info, bench."""
+"""The command line: encode, plan, train, resume, sample, evaluate, export, info, bench."""
 
 from __future__ import annotations
 
@@ -53,6 +53,50 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys to change, as training.batch_size=64.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind, as H100, H200, B200, A100.")] = "H100",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of each, as 80GiB; the whole of its kind if absent.")
+    ] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(help="A diffusers folder, a JSON file or a published model, as sdxl."),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; the model's usual ones if absent.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A JSON file of all numbers.")
+    ] = None,
+) -> None:
+    """Say what a recipe will take, before anything is allocated: memory, work, predicted time."""
+    import json
+
+    from fastdistill.config import load_recipe
+    from fastdistill.engine.gpus import find_gpu, parse_size
+    from fastdistill.engine.plan_recipe import job_of_recipe
+    from fastdistill.engine.plan_report import Plan
+    from fastdistill.engine.planning import Planner
+
+    kind = find_gpu(gpu)
+    limit = kind.memory if memory is None else parse_size(memory)
+    loaded = load_recipe(recipe, overrides)
+    job = job_of_recipe(loaded, model_config, text_tokens=text_tokens)
+    made = Plan.of(loaded.name, Planner(job, gpus, kind), limit)
+    made.show(console)
+    if output is not None:
+        output.write_text(json.dumps(made.as_json(), indent=2) + "\n")
+        say(f"all numbers: {output}")
+    if not made.fits:
+        raise ValueError(made.verdict())
+
+
+@app.command()
 def resume(
     run: RunFolder,
     overrides: Annotated[
@@ -74,37 +118,28 @@ def sample(
     label: Annotated[
         int | None, typer.Option(help="Class of all images; all in turn if absent.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Encoded prompts, in their order; the run's data if absent.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A .png grid or .npy array; samples.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="A .png grid or .npy array of samples; samples.png."),
     ] = None,
 ) -> None:
     """Draw images with a run's student."""
     import numpy
-    import torch
 
-    from fastdistill.diffusion import Noise
-    from fastdistill.engine import sampling
-    from fastdistill.engine.saved import load_denoiser
+    from fastdistill.engine import drawing
 
     path = output or run / "samples.png"
     if path.suffix not in (".png", ".npy"):
         raise ValueError(f"--output is {path}; expected a name that ends in .png or .npy")
-    student, description = load_denoiser(run / "student")
-    if description.times is None:
-        raise ValueError(f"{run / 'student'} is no student: it has no times to be sampled at")
-    if label is not None and not 0 <= label < description.classes:
-        raise ValueError(f"--label is {label}; expected 0 to {description.classes - 1}")
-    labels = sampling.balanced_labels(description.classes, count, torch.device("cpu"))
-    if label is not None and labels is not None:
-        labels = torch.full_like(labels, label)
-    noise = Noise(seed).at(sampling.EVALUATION_STEP)
-    shape = description.shape
-    images = sampling.sample_student(student, description.times, labels, count, shape, noise)
+    samples, pictures = drawing.draw(run, count, seed, label, data, device)
     if path.suffix == ".npy":
-        numpy.save(path, images.numpy())
+        numpy.save(path, samples.cpu().numpy())
     else:
-        rows = -(-count // 10)
-        sampling.save_grid(path, [("student", images)], rows, min(10, count))
+        drawing.save_grid(path, {"student": samples}, pictures)
     say(f"{count} images: {path}")
 
 
@@ -112,14 +147,72 @@ def sample(
 def evaluate(run: RunFolder) -> None:
     """Judge a run's saved teacher and student again, and print the table."""
     from fastdistill.engine.job import Job
-    from fastdistill.engine.saved import load_denoiser
 
-    job = Job.open(run, say)
-    teacher_path = job.recipe.teacher.path or run / "teacher"
-    teacher = load_denoiser(teacher_path, job.device).denoiser
-    student = load_denoiser(run / "student", job.device).denoiser
-    summary, _ = job.evaluate(teacher, student)
-    _print_comparison(summary)
+    _print_comparison(Job.open(run, say).evaluate())
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of images, tar shards, safetensors files, or a file of prompts."
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the encoded set.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Folder of a diffusers pipeline; without one, pixels are kept."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width; the teacher's own if absent.", min=1)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Storage: float16, bfloat16, float32.")] = "float16",
+    precision: Annotated[
+        str, typer.Option(help="What text encoders compute in: float32, bfloat16, float16.")
+    ] = "float32",
+    posterior: Annotated[str, typer.Option(help="Latents: sample or mean.")] = "sample",
+    seed: Annotated[int, typer.Option(help="Seed of the posterior's samples.", min=0)] = 0,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt for T5; the pipeline's if absent.", min=1)
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance that a Flux model is told.")] = 3.5,
+    shard_size: Annotated[int, typer.Option(help="Samples of a shard.", min=1)] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Samples encoded at once.", min=1)] = 4,
+    workers: Annotated[int, typer.Option(help="Threads that decode images.", min=1)] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Precompute latents and embeddings; repeat the command to continue after a crash."""
+    from fastdistill.engine.encode import EncodeSettings, Place
+    from fastdistill.engine.encode import encode as run
+    from fastdistill.engine.job import choose_device
+
+    settings = EncodeSettings(
+        size, dtype, shard_size, precision, posterior, seed, max_length, guidance
+    )
+    place = Place.of_process(choose_device(device), batch_size, workers)
+    run(source, to, teacher, settings, place, say)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option("--to", help="The new folder.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher's pipeline, where it has moved since.")
+    ] = None,
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="Write LoRA weights into the model.")
+    ] = False,
+    guidance: Annotated[
+        float, typer.Option(help="What a model with embedded guidance was told; 1 is nothing.")
+    ] = 1.0,
+) -> None:
+    """Write a run's student as a pipeline folder that diffusers loads alone."""
+    from fastdistill.engine.export import export as write
+
+    folder = write(run, to, teacher=teacher, merge_lora=merge_lora, guidance=guidance)
+    say(f"{folder} holds the student; its README.md says how diffusers samples it")
 
 
 @app.command()
@@ -196,6 +289,8 @@ def _unused(folder: Path) -> Path:
 
 
 def _run(job: Job) -> None:
+    import torch
+
     from fastdistill.engine.folder import is_disk_full
     from fastdistill.engine.trainer import Interrupted
     from fastdistill.parallel import RankLostError
@@ -217,6 +312,15 @@ def _run(job: Job) -> None:
         if not is_disk_full(error):
             raise
         _stop(f"error: {error}; make room, then {advice}", 1)
+    except torch.OutOfMemoryError as error:
+        size = job.recipe.training.batch_size
+        _stop(
+            f"error: {job.device} has too little memory for training.batch_size={size} over "
+            f"{job.ranks.size} processes ({str(error).splitlines()[0]}); `fastdistill plan` says "
+            "what fits: start again with a smaller batch and more training.accumulation, or "
+            f"{advice} parallel.checkpoint_blocks=true",
+            1,
+        )
     job.ranks.close()
     if summary is None:
         return

@@ -1,35 +1,37 @@
 """Recipes: what a run does, as checked and documented settings read from YAML.
 
 Every mapping is checked when it is read: an unknown or ill-typed key is refused with the
-nearest right one. Things chosen by ``name`` (processes, parametrisations, laws) are the plain
-dataclasses of `fastdistill.diffusion`, so that a recipe and a script say the same.
+nearest right one. What is chosen by ``name`` stands in `fastdistill.choices`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import core_schema
 
-from fastdistill.diffusion import parametrisation as parametrisations
-from fastdistill.diffusion import process as processes
+from fastdistill.choices import (
+    DataChoice,
+    FolderPath,
+    LawChoice,
+    ModelChoice,
+    ParametrisationChoice,
+    ProcessChoice,
+    Settings,
+    nearest,
+)
 from fastdistill.diffusion import timesteps
 from fastdistill.objectives import check_sharing, get_divergence
 from fastdistill.optim.schedule import Schedule
@@ -39,83 +41,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run, with every fault that was found."""
 
 
-class _Choice:
-    """A field that is one of several dataclasses, written as {name: ..., its fields}."""
-
-    def __init__(self, kinds: Mapping[str, type]) -> None:
-        self.kinds = kinds
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(
-            self.parse, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
-        )
-
-    def parse(self, value: Any) -> Any:
-        """The object that a mapping describes; an object of a known kind is itself."""
-        if isinstance(value, tuple(self.kinds.values())):
-            return value
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                f"is {value!r}; expected a mapping with a name, as {{name: NAME, ...}}"
-            )
-        options = dict(value)
-        name = options.pop("name", None)
-        if name not in self.kinds:
-            raise ValueError(f"name {name!r} is unknown{_nearest(str(name), self.kinds)}")
-        fields = {field.name for field in dataclasses.fields(self.kinds[name])}
-        for key in options:
-            if key not in fields:
-                raise ValueError(f"{name} has no key {key!r}{_nearest(key, fields)}")
-        return TypeAdapter(self.kinds[name]).validate_python(options)
-
-    def dump(self, value: Any) -> dict[str, Any]:
-        """The mapping that `parse` reads back."""
-        name = next(name for name, kind in self.kinds.items() if type(value) is kind)
-        return {"name": name} | dataclasses.asdict(value)
-
-
-def _nearest(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-
-
-ProcessChoice = Annotated[
-    Any,
-    _Choice({"edm": processes.EDM, "vp": processes.VP, "rectified_flow": processes.RectifiedFlow}),
-]
-ParametrisationChoice = Annotated[
-    Any,
-    _Choice(
-        {
-            "edm": parametrisations.EDMPreconditioning,
-            "epsilon": parametrisations.Epsilon,
-            "v": parametrisations.V,
-            "x0": parametrisations.X0,
-            "flow": parametrisations.Flow,
-        }
-    ),
-]
-LawChoice = Annotated[
-    Any,
-    _Choice(
-        {
-            "log_normal_sigma": timesteps.LogNormalSigma,
-            "karras_index": timesteps.KarrasIndex,
-            "uniform": timesteps.Uniform,
-            "logit_normal": timesteps.LogitNormal,
-            "fixed_list": timesteps.FixedList,
-        }
-    ),
-]
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class OptimizerSettings(_Settings):
+class OptimizerSettings(Settings):
     """AdamW and its schedule, for one role."""
 
     lr: PositiveFloat
@@ -136,7 +62,7 @@ class OptimizerSettings(_Settings):
     """Bound of the gradient's global norm; null leaves it alone."""
 
 
-class TrainingSettings(_Settings):
+class TrainingSettings(Settings):
     """One stage of training."""
 
     steps: PositiveInt
@@ -152,6 +78,9 @@ class TrainingSettings(_Settings):
     drop_gradients: bool = False
     """In mode single let every backward pass make new gradients: fewer kernels and bytes, and twice
     the gradients' memory."""
+    accelerate: bool = False
+    """Replace layers of every network by those of fastdistill.accelerate: the same mathematics,
+    with fewer activations kept."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch.compile the repeated blocks of every network; the first steps take longer."""
     cuda_graph: bool = False
@@ -196,7 +125,7 @@ class TrainingSettings(_Settings):
         return self
 
 
-class ParallelSettings(_Settings):
+class ParallelSettings(Settings):
     """How networks are spread over the processes that torchrun starts."""
 
     mode: Literal["auto", "single", "resident", "fsdp"] = "auto"
@@ -220,22 +149,16 @@ class ParallelSettings(_Settings):
     """Seconds after which a process that waits for another ends the run."""
 
 
-class ModelSettings(_Settings):
-    """The network of teacher, student and critic."""
-
-    name: Literal["digits"] = "digits"
-    """digits: the class-conditional residual MLP."""
-    width: PositiveInt = 256
-    """Width of the hidden layers."""
-    blocks: PositiveInt = 3
-    """Residual blocks."""
-
-
-class TeacherSettings(_Settings):
+class TeacherSettings(Settings):
     """Where the teacher comes from, and how it samples."""
 
-    path: Path | None = None
-    """Folder of a saved denoiser (a run's teacher/ or student/); null trains one in the run."""
+    path: str | None = None
+    """A diffusers pipeline or model folder, a saved denoiser (a run's teacher/ or student/), or the
+    name of a model on the Hub; null trains one in the run."""
+    variant: str | None = None
+    """Variant of the weight files, as fp16."""
+    revision: str | None = None
+    """Revision of a model on the Hub."""
     law: LawChoice = timesteps.LogNormalSigma()
     """Law of its training times."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -244,25 +167,44 @@ class TeacherSettings(_Settings):
     """How it is trained; null with a path."""
     sampler_steps: PositiveInt = 18
     """Heun steps of its samples: n steps are 2 n - 1 evaluations."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of its samples, in grids and in the pairs of a warm-up."""
 
     @field_validator("path")
     @classmethod
-    def _from_anywhere(cls, path: Path | None) -> Path | None:
-        return path and path.resolve()  # a run is resumed from other folders too
+    def _from_anywhere(cls, path: str | None) -> str | None:
+        # A run is resumed from other folders too.
+        return str(Path(path).resolve()) if path and Path(path).exists() else path
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSettings:
-        if (self.path is None) == (self.training is None):
+        if self.path is not None and self.training is not None:
             raise ValueError("needs either path or training, and not both")
-        for name in ("critic", "discriminator", "sample_every"):
-            if self.training is not None and getattr(self.training, name) is not None:
-                raise ValueError(
-                    f"training.{name} is set, but a teacher's training has no use for it"
-                )
+        _check_trains_one(self.training, "a teacher's")
         return self
 
 
-class ObjectiveSettings(_Settings):
+class WarmupSettings(Settings):
+    """Regression of the student to the teacher's ODE solutions, before the distillation."""
+
+    pairs: PositiveInt
+    """Trajectories of the teacher; rounded up to whole batches."""
+    training: TrainingSettings
+    """How the student is trained on them."""
+
+    @model_validator(mode="after")
+    def _no_critic(self) -> WarmupSettings:
+        _check_trains_one(self.training, "a warm-up's")
+        return self
+
+
+def _check_trains_one(training: TrainingSettings | None, whose: str) -> None:
+    for name in ("critic", "discriminator", "sample_every"):
+        if training is not None and getattr(training, name) is not None:
+            raise ValueError(f"training.{name} is set, but {whose} training has no use for it")
+
+
+class ObjectiveSettings(Settings):
     """The distillation method."""
 
     name: Literal["distribution_matching"] = "distribution_matching"
@@ -314,16 +256,18 @@ class ObjectiveSettings(_Settings):
         return self.gan_weight > 0 or get_divergence(self.divergence).needs_ratio
 
 
-class EvaluationSettings(_Settings):
+class EvaluationSettings(Settings):
     """How the student is judged."""
 
     samples: PositiveInt = 5000
     """Samples of teacher and student at the end."""
     samples_during_training: PositiveInt = 1000
     """Samples of the evaluations during training."""
+    batch_size: PositiveInt = 1000
+    """Samples that are made together."""
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """Everything that a run is determined by, besides the machine."""
 
     name: str
@@ -334,18 +278,22 @@ class Recipe(_Settings):
     """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     threads: PositiveInt = 2
     """CPU threads; a run on a CPU repeats bitwise for one number of threads on one machine."""
-    data: Literal["digits"] = "digits"
-    """Data set."""
-    model: ModelSettings = ModelSettings()
-    """Network of all roles."""
-    process: ProcessChoice = processes.EDM()
-    """Forward process."""
-    parametrisation: ParametrisationChoice = parametrisations.EDMPreconditioning()
-    """What the networks predict."""
+    data: DataChoice
+    """Data set: digits, encoded, images or labels."""
+    model: ModelChoice
+    """Network of all roles: digits or pretrained."""
+    process: ProcessChoice | None = None
+    """Forward process; of a pretrained teacher it is read, and checked where it is given."""
+    parametrisation: ParametrisationChoice | None = None
+    """What the networks predict; of a pretrained teacher it is read, and checked where given."""
     teacher: TeacherSettings
     """The teacher."""
     objective: ObjectiveSettings
     """The distillation method."""
+    warmup: WarmupSettings | None = None
+    """Regression before the distillation; null goes without."""
+    start: FolderPath = None
+    """A saved student to start at, as another run's student/; null is a copy of the teacher."""
     training: TrainingSettings
     """The distillation."""
     parallel: ParallelSettings = ParallelSettings()
@@ -363,11 +311,33 @@ class Recipe(_Settings):
                 f"training.discriminator is missing: divergence {self.objective.divergence} with "
                 f"gan_weight {self.objective.gan_weight} trains a discriminator"
             )
-        knows_null = self.teacher.path is not None or self.teacher.condition_dropout > 0
-        if self.objective.guidance_scale != 1 and not knows_null:
+        trains = self.teacher.training is not None
+        for name, scale in (
+            ("objective", self.objective.guidance_scale),
+            ("teacher", self.teacher.guidance_scale),
+        ):
+            if scale != 1 and trains and self.teacher.condition_dropout == 0:
+                raise ValueError(
+                    f"{name}.guidance_scale needs a teacher that knows the null condition: set "
+                    "teacher.condition_dropout, as 0.1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _model_and_data_fit(self) -> Recipe:
+        if self.warmup is not None and self.start is not None:
+            raise ValueError("start is set, but a student that starts elsewhere needs no warmup")
+        if self.model.name == "pretrained" and self.teacher.training is not None:
+            raise ValueError("teacher.training is set, but a pretrained model is not trained here")
+        if self.model.name == "digits":
+            if self.data.name != "digits":
+                raise ValueError(f"model digits is for the digits, but data is {self.data.name}")
+            if self.teacher.path is None and self.teacher.training is None:
+                raise ValueError("teacher needs either path or training")
+        if self.data.name == "labels" and self.objective.needs_discriminator:
             raise ValueError(
-                "objective.guidance_scale needs a teacher that knows the null condition: set "
-                "teacher.condition_dropout, as 0.1"
+                "data labels has no real samples, but a discriminator is trained on some: choose "
+                "data encoded or images, or reverse_kl with gan_weight 0"
             )
         return self
 
@@ -390,7 +360,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] | None = None) -> R
         path = RECIPES / f"{source}.yaml"
     if not path.is_file():
         known = sorted(entry.stem for entry in RECIPES.glob("*.yaml"))
-        raise RecipeError(f"no recipe {source!s}{_nearest(str(source), known)}")
+        raise RecipeError(f"no recipe {source!s}{nearest(str(source), known)}")
     try:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -420,6 +390,13 @@ def _override(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"override {override!r} is not of the form key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+    if key in _FOLDERS and isinstance(value, str) and isinstance(document.get(key), dict):
+        document[key] |= {"path": value} | _FOLDERS[key]
+        return
     *parents, last = key.split(".")
     for parent in parents:
         if document.get(parent) is None:
@@ -427,32 +404,58 @@ def _override(document: dict[str, Any], override: str) -> None:
         document = document[parent]
         if not isinstance(document, dict):
             raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
-    try:
-        document[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+    document[last] = value
+
+
+_FOLDERS: dict[str, dict[str, Any]] = {"teacher": {"training": None}, "data": {}}
+"""Sections that a bare folder may stand for, as teacher=FOLDER, and what else it then sets."""
 
 
 def _explain(fault: Any) -> str:
     """One validation fault as a sentence with its key and, for unknown ones, the nearest."""
-    location = [str(part) for part in fault["loc"]]
+    location, section = _locate(fault["loc"])
     key = ".".join(location) or "recipe"
-    if fault["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in location[:-1]:
-            section = _section(section, part)
-        return f"{key} is no key{_nearest(location[-1], section.model_fields)}"
-    if fault["type"] == "missing":
-        return f"{key} is missing"
-    if fault["type"] == "value_error":
-        return f"{key}: {fault['ctx']['error']}"
+    match fault["type"]:
+        case "extra_forbidden":
+            return f"{key} is no key{nearest(location[-1], section.model_fields)}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {fault['ctx']['error']}"
+        case "union_tag_invalid":
+            tag, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+            hint = nearest(tag, [name.strip(" '") for name in known.split(",")])
+            return f"{key}: name {tag!r} is unknown{hint}"
+        case "union_tag_not_found":
+            return f"{key}.name is missing"
     return f"{key} is {fault['input']!r}: {fault['msg'].lower()}"
 
 
-def _section(model: type[BaseModel], part: str) -> type[BaseModel]:
-    """The model of a nested section, also where it is optional."""
-    annotation = model.model_fields[part].annotation
+def _locate(places: Sequence[Any]) -> tuple[list[str], Any]:
+    """The key that a fault is at, and the section that should have its last part.
+
+    Where a section is chosen by name, pydantic puts that name between the two.
+    """
+    location: list[str] = []
+    section: Any = None
+    kinds: list[type[BaseModel]] = [Recipe]
+    for part in map(str, places):
+        if len(kinds) > 1 and part in map(_tag, kinds):
+            kinds = [kind for kind in kinds if _tag(kind) == part]
+            continue
+        location.append(part)
+        section = kinds[0] if len(kinds) == 1 else None
+        field = section.model_fields.get(part) if section is not None else None
+        kinds = _sections(field.annotation) if field is not None else []
+    return location, section
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
     candidates = getattr(annotation, "__args__", (annotation,))
-    return next(
-        kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)
-    )
+    return [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _tag(kind: type[BaseModel]) -> str:
+    """The name by which a section is chosen."""
+    return kind.model_fields["name"].annotation.__args__[0]  # type: ignore[union-attr]

@@ -69,7 +69,7 @@ def _geglu_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _geglu_backward_kernel(
-    grad_ptr, x_ptr, grad_x_ptr, value_ptr, rows, D: tl.constexpr, TANH: tl.constexpr,
+    grad_ptr, x_ptr, grad_x_ptr, again_ptr, rows, D: tl.constexpr, TANH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # grad a = grad g P(g),   grad g = grad a (P(g) + g P'(g))
@@ -80,8 +80,8 @@ def _geglu_backward_kernel(
     p, slope = _gate(g, TANH)
     _store(grad_x_ptr, row, column, exists, grad * (g * p), 2 * D)
     _store(grad_x_ptr + D, row, column, exists, grad * a * (p + g * slope), 2 * D)
-    if value_ptr is not None:
-        _store(value_ptr, row, column, exists, a * (g * p), D)
+    if again_ptr is not None:
+        _store(again_ptr, row, column, exists, a * (g * p), D)
 
 
 @functools.cache

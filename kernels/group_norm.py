@@ -34,33 +34,34 @@ def _locate(
     C: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Sample, first place, part and channels of this program; which channels exist."""
+    """Sample, part and first channel of this program."""
     CHANNEL_PARTS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     PARTS: tl.constexpr = (S + PLACES * STEPS - 1) // (PLACES * STEPS)
     program = tl.program_id(0)
-    channel = program % CHANNEL_PARTS * CHANNELS + tl.arange(0, CHANNELS)
     part = program // CHANNEL_PARTS % PARTS
     sample = (program // (CHANNEL_PARTS * PARTS)).to(tl.int64)
-    return sample, part, channel, channel < C
+    return sample, part, program % CHANNEL_PARTS * CHANNELS
 
 
 @triton.jit
 def _offsets(
-    channel, real, first, C: tl.constexpr, S: tl.constexpr, PLACES: tl.constexpr,
-    LAST: tl.constexpr,
+    sample, channel, place, C: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
+    PLACES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of a tile [CHANNELS, PLACES] in its sample, and what of it exists."""
-    place = first + tl.arange(0, PLACES)
-    exists = real[:, None] & (place < S)[None, :]
+    """Where the tile [CHANNELS, PLACES] from this channel and place lies, and what of it exists."""
+    lane, along = tl.arange(0, CHANNELS)[:, None], tl.arange(0, PLACES)[None, :]
+    exists = (lane < C - channel) & (along < S - place)
+    start = sample * (C * S)
     if LAST:
-        return place[None, :] * C + channel[:, None], exists
-    return channel[:, None] * S + place[None, :], exists
+        return start + place.to(tl.int64) * C + channel, along * C + lane, exists
+    return start + channel.to(tl.int64) * S + place, lane * S + along, exists
 
 
 @triton.jit
 def _of_channels(pointer, offset, channel, real):
     """A number of each channel in float32  # [CHANNELS, 1]"""
-    return tl.load(pointer + offset + channel, mask=real, other=0.0).to(tl.float32)[:, None]
+    value = tl.load(pointer + offset + channel.to(tl.int64), mask=real, other=0.0)
+    return value.to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -82,15 +83,15 @@ def _moments_kernel(
 ):  # fmt: skip
     # mean and sum of (x - mean)^2 of each channel over the places of this program; tiles are merged
     # by their counts n and k:  mean += delta k / (n + k),  M2 += M2' + delta^2 n k / (n + k)
-    sample, part, channel, real = _locate(C, S, CHANNELS, PLACES, STEPS)
+    sample, part, channel = _locate(C, S, CHANNELS, PLACES, STEPS)
     mean = tl.zeros([CHANNELS], tl.float32)
     squares = tl.zeros([CHANNELS], tl.float32)
     PARTS: tl.constexpr = (S + PLACES * STEPS - 1) // (PLACES * STEPS)
     count = 0.0
     for step in tl.static_range(STEPS):
         first = (part * STEPS + step) * PLACES
-        offset, exists = _offsets(channel, real, first, C, S, PLACES, LAST)
-        x = tl.load(x_ptr + sample * (C * S) + offset, mask=exists, other=0.0).to(tl.float32)
+        start, offset, exists = _offsets(sample, channel, first, C, S, CHANNELS, PLACES, LAST)
+        x = tl.load(x_ptr + start + offset, mask=exists, other=0.0).to(tl.float32)
         here = tl.minimum(tl.maximum(S - first, 0), PLACES).to(tl.float32)
         tile_mean = tl.sum(x, axis=1) / tl.maximum(here, 1.0)
         centred = tl.where(exists, x - tile_mean[:, None], 0.0)
@@ -99,10 +100,11 @@ def _moments_kernel(
         mean += delta * share
         squares += tl.sum(centred * centred, axis=1) + delta * delta * (count * share)
         count += here
-    row = (sample * PARTS + part) * C
-    tl.store(partial_ptr + row + channel, mean, mask=real)
+    row = (sample * PARTS + part) * C + channel
     size = tl.full([], PARTS * C, tl.int64) * batch
-    tl.store(partial_ptr + size + row + channel, squares, mask=real)
+    lane = tl.arange(0, CHANNELS)
+    tl.store(partial_ptr + row + lane, mean, mask=lane < C - channel)
+    tl.store(partial_ptr + size + row + lane, squares, mask=lane < C - channel)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -151,9 +153,10 @@ def _apply_kernel(
     CHANNELS: tl.constexpr, PLACES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     # y = silu(u),   u = weight n + bias,   n = (x + shift - mean) rstd
-    sample, part, channel, real = _locate(C, S, CHANNELS, PLACES, 1)
-    offset, exists = _offsets(channel, real, part * PLACES, C, S, PLACES, LAST)
-    start = sample * (C * S)
+    sample, part, first = _locate(C, S, CHANNELS, PLACES, 1)
+    start, offset, exists = _offsets(sample, first, part * PLACES, C, S, CHANNELS, PLACES, LAST)
+    channel = first + tl.arange(0, CHANNELS)
+    real = channel < C
     x = tl.load(x_ptr + start + offset, mask=exists, other=0.0).to(tl.float32)
     centre, scale = _centre_and_scale(
         mean_ptr, rstd_ptr, shift_ptr, sample, channel, real, C, GROUPS
@@ -173,15 +176,16 @@ def _silu_slope(u):
 
 
 @triton.jit(do_not_specialize=["batch"])
-def _sums_kernel(
+def _gradient_sums_kernel(
     grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partial_ptr, batch,
     C: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr,
     CHANNELS: tl.constexpr, PLACES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     # of each channel over the places of this program: sums of du, of du n, and of n with a shift
-    sample, part, channel, real = _locate(C, S, CHANNELS, PLACES, 1)
-    offset, exists = _offsets(channel, real, part * PLACES, C, S, PLACES, LAST)
-    start = sample * (C * S)
+    sample, part, first = _locate(C, S, CHANNELS, PLACES, 1)
+    start, offset, exists = _offsets(sample, first, part * PLACES, C, S, CHANNELS, PLACES, LAST)
+    channel = first + tl.arange(0, CHANNELS)
+    real = channel < C
     x = tl.load(x_ptr + start + offset, mask=exists, other=0.0).to(tl.float32)
     du = tl.load(grad_ptr + start + offset, mask=exists, other=0.0).to(tl.float32)
     centre, scale = _centre_and_scale(
@@ -218,7 +222,7 @@ def _add_parts(
 
 @triton.jit(do_not_specialize=["batch"])
 def _reduce_kernel(
-    partial_ptr, weight_ptr, rstd_ptr, sums_ptr, means_ptr, shift_grad_ptr, batch,
+    partial_ptr, weight_ptr, rstd_ptr, sums_ptr, group_means_ptr, shift_grad_ptr, batch,
     C: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -237,8 +241,8 @@ def _reduce_kernel(
     weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
     mean = tl.sum(weight * of_du) / (S * (C // GROUPS))
     along_n = tl.sum(weight * of_du_n) / (S * (C // GROUPS))
-    tl.store(means_ptr + program, mean)
-    tl.store(means_ptr + batch * GROUPS + program, along_n)
+    tl.store(group_means_ptr + program, mean)
+    tl.store(group_means_ptr + batch * GROUPS + program, along_n)
     if shift_grad_ptr is not None:
         of_n = _add_parts(partial_ptr + 2 * size, sample, channel, real, C, PARTS, ROWS, COLUMNS)
         grad = tl.load(rstd_ptr + program) * (weight * of_du - S * mean - of_n * along_n)
@@ -248,28 +252,30 @@ def _reduce_kernel(
 
 @triton.jit(do_not_specialize=["batch"])
 def _gradient_kernel(
-    grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, grad_x_ptr,
-    value_ptr, batch, C: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr,
-    CHANNELS: tl.constexpr, PLACES: tl.constexpr, LAST: tl.constexpr,
+    grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group_means_ptr,
+    grad_x_ptr, again_ptr, batch, C: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     # dx = rstd (weight du - mean(weight du) - n mean(weight du n)),   y = silu(u)
-    sample, part, channel, real = _locate(C, S, CHANNELS, PLACES, 1)
-    offset, exists = _offsets(channel, real, part * PLACES, C, S, PLACES, LAST)
-    start = sample * (C * S)
+    sample, part, first = _locate(C, S, CHANNELS, PLACES, 1)
+    start, offset, exists = _offsets(sample, first, part * PLACES, C, S, CHANNELS, PLACES, LAST)
+    channel = first + tl.arange(0, CHANNELS)
+    real = channel < C
     x = tl.load(x_ptr + start + offset, mask=exists, other=0.0).to(tl.float32)
     du = tl.load(grad_ptr + start + offset, mask=exists, other=0.0).to(tl.float32)
     centre, scale = _centre_and_scale(
         mean_ptr, rstd_ptr, shift_ptr, sample, channel, real, C, GROUPS
     )
     group = channel // (C // GROUPS)
-    mean = _of_channels(means_ptr, sample * GROUPS, group, real)
-    along_n = _of_channels(means_ptr + batch * GROUPS, sample * GROUPS, group, real)
+    mean = _of_channels(group_means_ptr, sample * GROUPS, group, real)
+    second = (sample + batch) * GROUPS
+    along_n = _of_channels(group_means_ptr, second, group, real)
     weight = _of_channels(weight_ptr, 0, channel, real)
     n = (x - centre) * scale
     u = weight * n + _of_channels(bias_ptr, 0, channel, real)
-    if value_ptr is not None:
+    if again_ptr is not None:
         y = u * tl.sigmoid(u) if SILU else u
-        tl.store(value_ptr + start + offset, y.to(value_ptr.dtype.element_ty), mask=exists)
+        tl.store(again_ptr + start + offset, y.to(again_ptr.dtype.element_ty), mask=exists)
     if SILU:
         du *= _silu_slope(u)
     dx = scale * (weight * du - mean - n * along_n)
@@ -377,7 +383,9 @@ def group_norm_silu_backward(
     means = x.new_empty(2, batch, groups, dtype=torch.float32)
     normed = (grad, x, shift, weight, bias, mean, rstd)
     with on_device_of(x):
-        _sums_kernel[(batch * programs,)](*normed, partial, batch, GROUPS=groups, SILU=silu, **tile)
+        _gradient_sums_kernel[(batch * programs,)](
+            *normed, partial, batch, GROUPS=groups, SILU=silu, **tile
+        )
         _reduce_kernel[(batch * groups,)](
             *(partial, weight, rstd, sums, means, None if shift is None else grad_shift, batch),
             *(channels, places, groups),

@@ -10,9 +10,17 @@ import diffusers
 import torch
 from torch import nn
 
+from fastdistill.data import RealBatch
+from fastdistill.diffusion import Uniform
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import Adapter, adapt
 from fastdistill.models.pretrained import parametrisation_of, process_of
+from fastdistill.objectives import (
+    Discriminator,
+    DistributionMatching,
+    MatchingSettings,
+    get_divergence,
+)
 
 _UNET = {
     "sample_size": 16,
@@ -126,6 +134,7 @@ for _name in ("sd15", "sdxl"):
     SCHEDULERS[_name][1].update(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 FAMILIES = list(CONFIGS)
+LAW = Uniform(0.1, 0.9)
 
 
 def tiny_model(family: str, **changes: Any) -> Any:
@@ -180,6 +189,46 @@ def condition_of(adapter: Adapter, batch: int = 2, seed: int = 1, text_tokens: i
         kept = torch.arange(text_tokens) < 3
         condition["encoder_attention_mask"] = kept.float().expand(batch, -1).contiguous()
     return condition
+
+
+def uncondition(denoiser: Denoiser, condition: Any) -> Any:
+    """Null class, zeros, or the embeddings of another prompt in the empty prompt's place."""
+    try:
+        return denoiser.network.null_condition(condition)
+    except ValueError:
+        return condition_of(denoiser.network, len(next(iter(condition.values()))), seed=8)
+
+
+class Prompts:
+    """The same conditions at every step, and real samples of unit variance."""
+
+    def __init__(self, denoiser: Denoiser, size: int = 4) -> None:
+        self.shape = denoiser.network.sample_shape
+        self._condition = condition_of(denoiser.network, size)
+        self._uncondition = uncondition(denoiser, self._condition)
+        self._size = size
+
+    def batch(self, seed: int, step: int, count: int, share: slice = slice(None)) -> RealBatch:
+        assert count == self._size
+        samples = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(step))
+        return RealBatch(samples, self._condition, self._uncondition)
+
+
+def objective_of(
+    teacher: Denoiser, student: Denoiser, critic: Denoiser, guided: bool, divergence: str
+) -> DistributionMatching:
+    """Matching with a GAN term, whose features are the critic's for reverse KL (DMD2)."""
+    settings = MatchingSettings(
+        divergence=get_divergence(divergence),
+        guidance_scale=3.0 if guided else 1.0,
+        gan_weight=0.01,
+        gan_features="critic" if divergence == "reverse_kl" else "teacher",
+    )
+    last = teacher.process.time_of_position(torch.tensor(0.9)).item()
+    return DistributionMatching(
+        student, teacher, critic, [last], LAW, LAW,
+        discriminator=Discriminator(teacher.network.feature_shapes), settings=settings,
+    )  # fmt: skip
 
 
 def save_pipeline(folder: Path, family: str, **changes: Any) -> Path:

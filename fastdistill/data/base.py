@@ -6,6 +6,7 @@ and every number of processes sees the same samples.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,6 +47,8 @@ class Data(Protocol):
 class Order:
     """The endless shuffled sequence of n samples: every epoch visits each once, in a new order.
 
+    Several threads may ask at once.
+
     Args:
         size: number of samples.
         device: where the indices are made, and returned.
@@ -54,6 +57,7 @@ class Order:
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.size, self.device = size, torch.device(device)
         self._epochs: dict[tuple[int, int], Tensor] = {}
+        self._lock = threading.Lock()
 
     def rows(self, seed: int, step: int, count: int) -> Tensor:
         """Indices of samples ``step * count`` to ``(step + 1) * count``, int64 [count]."""
@@ -68,10 +72,11 @@ class Order:
     def _epoch(self, seed: int, epoch: int) -> Tensor:
         """The permutation of this epoch, from counter-based noise; the last two are kept."""
         key = (seed, epoch)
-        if key not in self._epochs:
-            index = torch.arange(self.size, device=self.device)
-            draws = Noise(seed, self.device).at(epoch).uniform("data-order", index)
-            while len(self._epochs) > 1:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[key] = torch.argsort(draws, stable=True)
-        return self._epochs[key]
+        with self._lock:
+            if key not in self._epochs:
+                index = torch.arange(self.size, device=self.device)
+                draws = Noise(seed, self.device).at(epoch).uniform("data-order", index)
+                while len(self._epochs) > 1:
+                    del self._epochs[next(iter(self._epochs))]
+                self._epochs[key] = torch.argsort(draws, stable=True)
+            return self._epochs[key]

@@ -5,7 +5,7 @@ metrics.jsonl      everything measured at log points; a resumed run writes the s
 timings.jsonl      images a second and memory, which no two runs share
 tensorboard/       the same as events
 checkpoints/       the newest few of each stage
-teacher/ student/  saved denoisers
+teacher/ student/  saved denoisers; warmup/ and pairs/ where there is a warm-up
 samples/           grids during training
 summary.json grid.png report.html    the result
 """
@@ -13,41 +13,52 @@ summary.json grid.png report.html    the result
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import fcntl
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastdistill.config import Recipe, RecipeError, TrainingSettings, dump_recipe, load_recipe
-from fastdistill.data import DATA_SETS
-from fastdistill.diffusion import Noise
-from fastdistill.engine import sampling
-from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
-from fastdistill.engine.folder import write_text
-from fastdistill.engine.log import RunLog
-from fastdistill.engine.report import REAL, write_report
-from fastdistill.engine.saved import DenoiserDescription, load_denoiser, save_denoiser
-from fastdistill.engine.trainer import Trainer, memory_in_use
-from fastdistill.evaluate import DigitsClassifier, digits_classifier, evaluate_samples
-from fastdistill.models import Denoiser
-from fastdistill.objectives import (
-    Denoising,
-    Discriminator,
-    DistributionMatching,
-    MatchingSettings,
-    Objective,
-    get_divergence,
+from fastdistill.config import (
+    Recipe,
+    RecipeError,
+    TrainingSettings,
+    WarmupSettings,
+    dump_recipe,
+    load_recipe,
 )
+from fastdistill.data import Data, digits
+from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
+from fastdistill.engine.devices import choose_device
+from fastdistill.engine.drawing import save_grid
+from fastdistill.engine.folder import write_text
+from fastdistill.engine.inputs import open_data
+from fastdistill.engine.judge import Judge
+from fastdistill.engine.log import RunLog
+from fastdistill.engine.pairs import PairData
+from fastdistill.engine.report import write_report
+from fastdistill.engine.roles import (
+    checkpoint_blocks,
+    describe_student,
+    load_teacher,
+    make_frozen,
+    make_objective,
+    make_student,
+)
+from fastdistill.engine.saved import (
+    DenoiserDescription,
+    SavedDenoiser,
+    load_denoiser,
+    save_denoiser,
+)
+from fastdistill.engine.trainer import Trainer, memory_in_use
+from fastdistill.models import Denoiser
+from fastdistill.objectives import Denoising, KnowledgeDistillation, Objective
 from fastdistill.parallel import Parallel, Ranks
 
-STAGES = ("teacher", "distill")
+STAGES = ("teacher", "warmup", "distill")
 
 
 def _silent(line: str) -> None:
@@ -78,8 +89,18 @@ class Job:
         self.say = say if self.ranks.is_first else _silent
         self.device = self.ranks.device
         torch.set_num_threads(recipe.threads)
-        self.data = DATA_SETS[recipe.data]().to(self.device)
-        self.description = DenoiserDescription.of(recipe, self.data.shape, self.data.classes)
+        self._check_batches()
+        self._loaded: SavedDenoiser | None = None
+        if recipe.model.name == "digits":
+            images = digits().to(self.device)
+            self.data: Data = images
+            self.description = DenoiserDescription.of(recipe, images.shape, images.classes)
+        if recipe.teacher.training is None:
+            self._loaded = load_teacher(recipe, self.device)
+            self.description = self._loaded.description
+        if self._loaded is not None and recipe.model.name != "digits":
+            self.data = open_data(recipe, self._loaded, self.device)
+        self.judge = Judge(recipe, self.data, self.description, self.device)
 
     @classmethod
     def create(
@@ -153,66 +174,127 @@ class Job:
             newest = self._store().newest()
             if newest is None and log is not None:
                 log.restart(0)
-            teacher = self._teacher(newest, log)
-            student = self._distill(teacher, newest, log)
-            return self._finish(teacher, student) if self.ranks.is_first else None
+            if self.recipe.teacher.training is not None:
+                self._train_teacher(newest, log)
+            return self._distill(self._warm_up(newest, log), newest, log)
 
-    def _teacher(self, newest: Checkpoint | None, log: RunLog | None) -> Denoiser:
-        """The teacher: loaded, or trained in the stage of that name."""
+    def evaluate(self) -> dict[str, Any]:
+        """Numbers of the run's teacher and saved student, under plain names."""
+        student = load_denoiser(self.folder / "student", self.device).denoiser
+        return self.judge.compare(self._take_teacher(), student)[0]
+
+    def _train_teacher(self, newest: Checkpoint | None, log: RunLog | None) -> None:
+        """The stage of a teacher that is not given."""
         settings = self.recipe.teacher
-        if settings.path is not None:
-            saved = load_denoiser(settings.path, self.device)
-            self._check_fits(saved.description, settings.path)
-            return saved.denoiser
-        folder = self.folder / "teacher"
-        if newest is not None and newest.stage == "distill":
-            return load_denoiser(folder, self.device).denoiser
+        if newest is not None and newest.stage != "teacher":
+            return
         assert settings.training is not None
         denoiser = self.description.build(self.recipe.seed).to(self.device)
         objective = Denoising(denoiser, settings.law, condition_dropout=settings.condition_dropout)
         trainer = self._trainer("teacher", objective, settings.training, log)
         self._fit(trainer, newest, log)
-        return self._save_averaged(trainer, folder, self.description)
+        self._save_averaged(trainer, self.folder / "teacher", self.description)
+
+    def _warm_up(self, newest: Checkpoint | None, log: RunLog | None) -> Path | None:
+        """The saved student that the distillation starts at; it is the teacher's copy if None."""
+        recipe, settings = self.recipe, self.recipe.warmup
+        if settings is None:
+            return Path(recipe.start) if recipe.start else None
+        folder = self.folder / "warmup"
+        if newest is None or newest.stage != "distill":
+            teacher = self._take_teacher()
+            frozen = make_frozen(recipe, teacher)
+            student = make_student(recipe, teacher, frozen)
+            del teacher
+            self._prepare(frozen, student)
+            pairs = self._pairs(settings)
+            pairs.make(
+                frozen,
+                recipe.teacher.sampler_steps,
+                recipe.teacher.guidance_scale,
+                self.ranks,
+                self.say,
+            )
+            del frozen
+            objective = KnowledgeDistillation(student, recipe.objective.student_times[0])
+            trainer = self._trainer("warmup", objective, settings.training, log, pairs)
+            self._fit(trainer, newest if newest and newest.stage == "warmup" else None, log)
+            self._save_averaged(trainer, folder, self._student_description())
+        return folder
 
     def _distill(
-        self, teacher: Denoiser, newest: Checkpoint | None, log: RunLog | None
-    ) -> Denoiser:
-        """The student, an average of the weights of the distillation stage."""
+        self, start: Path | None, newest: Checkpoint | None, log: RunLog | None
+    ) -> dict[str, Any] | None:
+        """The stage of the distillation, and what it made."""
         recipe = self.recipe
-        objective = make_objective(recipe, teacher).to(self.device)
-        parallel = self._parallel(objective)
-        parallel.check_alike(objective.teacher)
-        if recipe.parallel.teacher == "sharded" and parallel.mode != "single":
-            parallel.shard(objective.teacher)
+        objective = make_objective(recipe, self._take_teacher(), start).to(self.device)
+        self._prepare(objective.teacher, objective.student)
         trainer = self._trainer("distill", objective, recipe.training, log)
         self._fit(trainer, newest if newest and newest.stage == "distill" else None, log)
-        times = recipe.objective.student_times
-        description = self.description.model_copy(update={"times": times})
-        return self._save_averaged(trainer, self.folder / "student", description)
+        self._save_averaged(trainer, self.folder / "student", self._student_description())
+        self.say("evaluating teacher and student")
+        with trainer.averaged() as student:
+            summary, columns = self.judge.compare(
+                objective.teacher, student, scored=self.ranks.is_first
+            )
+        if not self.ranks.is_first:
+            return None
+        save_grid(self.folder / "grid.png", columns, self.judge.pictures)
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(self.folder, recipe, summary)
+        return summary
+
+    def _prepare(self, teacher: Denoiser, student: Denoiser) -> None:
+        """Make sure that all ranks hold the same teacher, and shard it where the recipe says so."""
+        parallel = self._parallel(student)
+        parallel.check_alike(teacher)
+        if self.recipe.parallel.teacher == "sharded" and parallel.mode != "single":
+            parallel.shard(teacher)
+
+    def _pairs(self, settings: WarmupSettings) -> PairData:
+        size = settings.training.batch_size
+        batches = -(-settings.pairs // size)
+        folder = self.folder / "pairs"
+        return PairData(folder, self.data, self.recipe.seed, size, batches, self.device)
+
+    def _take_teacher(self) -> Denoiser:
+        """The teacher in float32, for the caller alone: it is loaded again for the next."""
+        if self._loaded is not None:
+            denoiser, self._loaded = self._loaded.denoiser, None
+            return denoiser
+        if self.recipe.teacher.path is None:
+            return load_denoiser(self.folder / "teacher", self.device).denoiser
+        return load_teacher(self.recipe, self.device).denoiser
+
+    def _student_description(self) -> DenoiserDescription:
+        return describe_student(self.recipe, self.description)
 
     def _save_averaged(
         self, trainer: Trainer, folder: Path, description: DenoiserDescription
-    ) -> Denoiser:
-        """The trained student with averaged weights, whole, and saved."""
+    ) -> None:
+        """Save the trained network with averaged weights, whole."""
         weights = trainer.averaged_weights()
-        denoiser = description.build().to(self.device)
-        denoiser.load_state_dict(weights)
         if self.ranks.is_first:
-            save_denoiser(folder, denoiser, description)
+            named = {name.removeprefix("network."): value for name, value in weights.items()}
+            save_denoiser(folder, named, description)
         self.ranks.barrier()
-        return denoiser.requires_grad_(False).eval()
 
-    def _parallel(self, objective: Objective) -> Parallel:
+    def _parallel(self, student: Denoiser) -> Parallel:
         settings, ranks = self.recipe.parallel, self.ranks
         mode = settings.mode
         if mode == "auto":
-            mode = Parallel.fitting(ranks, objective.student)
+            mode = Parallel.fitting(ranks, student)
         return Parallel(
             ranks, mode, settings.shards, settings.largest_unit, settings.resident_roles
         )
 
     def _trainer(
-        self, stage: str, objective: Objective, settings: TrainingSettings, log: RunLog | None
+        self,
+        stage: str,
+        objective: Objective,
+        settings: TrainingSettings,
+        log: RunLog | None,
+        data: Data | None = None,
     ) -> Trainer:
         if self.recipe.parallel.checkpoint_blocks:
             checkpoint_blocks(objective)
@@ -220,10 +302,10 @@ class Job:
             log.begin(stage, settings)
         return Trainer(
             objective,
-            self.data,
+            data or self.data,
             settings,
             seed=self.recipe.seed,
-            parallel=self._parallel(objective),
+            parallel=self._parallel(objective.student),
             checkpoints=self._store(settings.keep_checkpoints),
             stage=stage,
             on_log=None if log is None else lambda row: log.write(row, memory_in_use(self.device)),
@@ -240,107 +322,35 @@ class Job:
         trainer.fit()
 
     def _judge(self, trainer: Trainer, log: RunLog | None) -> None:
-        """Evaluate the averaged student during training, and draw a few of its samples."""
-        if trainer.stage != "distill":
-            return
+        """Evaluate the averaged student during the distillation, and draw a few of its samples."""
         count = self.recipe.evaluation.samples_during_training
         with trainer.averaged() as student:
-            images = self._student_samples(student, count)
+            samples = self.judge.student_samples(student, count)
         if log is None:
             return
-        scores = evaluate_samples(self.data.samples, images, self._classifier)
-        log.write_scores(trainer.stage, trainer.step, scores)
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{trainer.stage}-{trainer.step:09d}.png"
-        sampling.save_grid(path, [(f"step {trainer.step}", images)], 10, 10)
+        scores = self.judge.scores(samples)
+        if scores:
+            log.write_scores(trainer.stage, trainer.step, scores)
+        path = self.folder / "samples" / f"{trainer.stage}-{trainer.step:09d}.png"
+        save_grid(path, {f"step {trainer.step}": samples[:100]}, self.judge.pictures)
 
-    def _finish(self, teacher: Denoiser, student: Denoiser) -> dict[str, Any]:
-        """Evaluate teacher and student, and write summary, grid and report."""
-        self.say("evaluating teacher and student")
-        summary, images = self.evaluate(teacher, student)
-        columns = [("real", self._real_by_class(100)), *images.items()]
-        sampling.save_grid(self.folder / "grid.png", columns, 10, 10)
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        write_report(self.folder, self.recipe, summary)
-        return summary
-
-    def evaluate(
-        self, teacher: Denoiser, student: Denoiser
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Numbers of teacher and student under plain names, and the images they were made from."""
-        recipe, data = self.recipe, self.data
-        count, steps = recipe.evaluation.samples, recipe.teacher.sampler_steps
-        times = recipe.objective.student_times
-        summary: dict[str, Any] = {
-            "recipe": recipe.name,
-            "seed": recipe.seed,
-            "divergence": recipe.objective.divergence,
-            "evaluations_teacher": 2 * steps - 1,
-            "evaluations_student": len(times),
-            "real_samples": len(data.samples),
+    def _check_batches(self) -> None:
+        """Make sure that the ranks can share every stage's batches, before anything is loaded."""
+        recipe, size = self.recipe, self.ranks.size
+        stages = {
+            "teacher.training": recipe.teacher.training,
+            "warmup.training": recipe.warmup.training if recipe.warmup else None,
+            "training": recipe.training,
         }
-        titles = {
-            "teacher": f"teacher, {2 * steps - 1} evaluations",
-            "student": f"student, {len(times)} evaluation" + "s" * (len(times) > 1),
-        }
-        images = {}
-        makers: dict[str, Callable[[int], Tensor]] = {
-            "teacher": lambda count: self._teacher_samples(teacher, count),
-            "student": lambda count: self._student_samples(student, count),
-        }
-        seconds = sampling.seconds_per_thousand(makers, self.device)
-        for role, make in makers.items():
-            made = make(count)
-            scores = evaluate_samples(data.samples, made, self._classifier)
-            shared = {
-                name: scores.pop(name) for name in (*REAL.values(), "samples", "frechet_samples")
-            }
-            summary |= {f"{name}_{role}": value for name, value in scores.items()} | shared
-            summary[f"seconds_per_thousand_{role}"] = seconds[role]
-            images[titles[role]] = made[:100]
-        summary["speedup"] = seconds["teacher"] / seconds["student"]
-        summary["peak_memory_gib"] = memory_in_use(self.device)
-        return summary, images
-
-    def _teacher_samples(self, teacher: Denoiser, count: int) -> Tensor:
-        labels = sampling.balanced_labels(self.data.classes, count, self.device)
-        steps = self.recipe.teacher.sampler_steps
-        return sampling.sample_teacher(
-            teacher, steps, labels, count, self.data.shape, self._evaluation_noise()
-        )
-
-    def _student_samples(self, student: Denoiser, count: int) -> Tensor:
-        labels = sampling.balanced_labels(self.data.classes, count, self.device)
-        times = self.recipe.objective.student_times
-        return sampling.sample_student(
-            student, times, labels, count, self.data.shape, self._evaluation_noise()
-        )
-
-    def _evaluation_noise(self) -> Noise:
-        return Noise(self.recipe.seed, self.device).at(sampling.EVALUATION_STEP)
-
-    def _real_by_class(self, count: int) -> Tensor:
-        """Real images in the order of the generated ones: classes in turn."""
-        data = self.data
-        if data.labels is None:
-            return data.samples[:count]
-        ranks = [torch.where(data.labels == k)[0] for k in range(data.classes)]
-        rows = torch.stack([ranks[i % data.classes][i // data.classes] for i in range(count)])
-        return data.samples[rows]
-
-    @functools.cached_property
-    def _classifier(self) -> DigitsClassifier:
-        return digits_classifier()
+        for key, stage in stages.items():
+            if stage is not None and stage.batch_size % size:
+                raise RecipeError(
+                    f"{key}.batch_size is {stage.batch_size}, which {size} ranks cannot share "
+                    "equally; choose a multiple"
+                )
 
     def _store(self, keep: int = 2) -> CheckpointStore:
         return CheckpointStore(self.folder / "checkpoints", STAGES, keep, self.say, self.ranks)
-
-    def _check_fits(self, found: DenoiserDescription, path: Path) -> None:
-        for name in ("shape", "classes", "model", "process", "parametrisation"):
-            have, want = getattr(found, name), getattr(self.description, name)
-            if have != want:
-                raise RecipeError(f"teacher {path} has {name} {have}, but the recipe has {want}")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -359,70 +369,3 @@ def start_ranks(recipe: Recipe) -> Ranks:
     """The processes that torchrun started, or this one alone."""
     device = choose_device(recipe.device)
     return Ranks.start(str(device), recipe.parallel.timeout)
-
-
-def checkpoint_blocks(objective: Objective) -> None:
-    """Recompute activations in backward passes, in every trained network that can.
-
-    Raises:
-        RecipeError: for a network that cannot.
-    """
-    for denoiser in (objective.student, *objective.critic_modules().values()):
-        if not isinstance(denoiser, Denoiser):
-            continue
-        if not hasattr(denoiser.network, "enable_gradient_checkpointing"):
-            raise RecipeError(
-                f"parallel.checkpoint_blocks: {type(denoiser.network).__name__} has no "
-                "enable_gradient_checkpointing()"
-            )
-        denoiser.network.enable_gradient_checkpointing()
-
-
-def make_objective(recipe: Recipe, teacher: Denoiser) -> DistributionMatching:
-    """The recipe's objective, with student and critic that start as copies of the teacher."""
-    settings = recipe.objective
-    discriminator = None
-    if settings.needs_discriminator:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed + 1)
-            discriminator = Discriminator(teacher.network.feature_shapes)
-    names = {field.name for field in dataclasses.fields(MatchingSettings)} - {"divergence"}
-    shared = settings.model_dump(include=names)
-    frozen = teacher
-    if recipe.training.precision == "bfloat16" or recipe.parallel.teacher == "sharded":
-        frozen = copy.deepcopy(teacher)  # the teacher itself is judged as it is
-    if recipe.training.precision == "bfloat16":
-        frozen.network.to(torch.bfloat16)
-        frozen.input_dtype = torch.bfloat16
-    return DistributionMatching(
-        copy.deepcopy(teacher).requires_grad_(True).train(),
-        frozen,
-        copy.deepcopy(teacher).requires_grad_(True).train(),
-        settings.student_times,
-        settings.matching_law,
-        settings.critic_law,
-        discriminator=discriminator,
-        settings=MatchingSettings(divergence=get_divergence(settings.divergence), **shared),
-    )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a recipe; auto is a GPU where there is one.
-
-    Raises:
-        RecipeError: for a device that this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; use cpu, or "
-            "install a CUDA build of torch"
-        )
-    return device

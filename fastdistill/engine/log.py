@@ -74,7 +74,7 @@ class RunLog:
         )
 
     def write_scores(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
-        """Evaluation of the student during training."""
+        """Evaluation of the digits' student during training."""
         named = {f"evaluation/{name}": value for name, value in scores.items()}
         row = {"stage": stage, "step": step} | named
         self._metrics.write(row)

@@ -36,9 +36,11 @@ REAL = {
 
 
 def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows (metric, teacher, student, real data) of the result's table, as text."""
+    """Rows (metric, teacher, student, real data) of what was measured, as text."""
     rows: list[tuple[str, ...]] = []
     for name, label in _COMPARED.items():
+        if f"{name}_student" not in summary:
+            continue  # only digits have scores
         real = summary[REAL[name]] if name in REAL else None
         values = (summary[f"{name}_teacher"], summary[f"{name}_student"], real)
         rows.append((label, *("" if value is None else f"{value:.4g}" for value in values)))
@@ -84,6 +86,12 @@ def _figures(
     teacher = [row for row in training if row["stage"] == "teacher"]
     figures = [
         _curves("Teacher's loss", "Denoising loss.", teacher, ["student/loss"]),
+        _curves(
+            "Warm-up",
+            "Squared distance of the student's samples to the teacher's from the same noise.",
+            [row for row in training if row["stage"] == "warmup"],
+            ["student/loss"],
+        ),
         _curves(
             "Student's distance to the data",
             "Fréchet distance of samples of the averaged student; the dotted line is the distance "

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from fastdistill.config import (
-    ModelSettings,
-    ParametrisationChoice,
-    ProcessChoice,
-    Recipe,
-    _Settings,
-)
-from fastdistill.engine.folder import check_folder, commit_folder, read_document
+from fastdistill.choices import DigitsModel, ParametrisationChoice, ProcessChoice, Settings
+from fastdistill.config import Recipe
+from fastdistill.diffusion import EDM, EDMPreconditioning
+from fastdistill.engine.folder import MANIFEST, check_folder, commit_folder, read_document
 from fastdistill.engine.shards import read_tensors
 from fastdistill.models import Denoiser
 from fastdistill.models.digits import DigitsNetwork
 
 
-class DenoiserDescription(_Settings):
+class DiffusersModel(Settings):
+    """A diffusers model, which is rebuilt without the folder that its first weights came from."""
+
+    name: Literal["diffusers"] = "diffusers"
+    config: dict[str, Any]
+    """Its configuration as diffusers writes it, ``_class_name`` included."""
+    lora: PositiveInt | None = None
+    """Rank of the low-rank weights; the folder holds these and the base weights apart."""
+    scheduler: dict[str, Any] | None = None
+    """Configuration of the teacher's scheduler."""
+    source: str | None = None
+    """The teacher's folder or its name on the Hub: where its VAE and text encoders are."""
+
+
+class DenoiserDescription(Settings):
     """What is needed to rebuild a denoiser before its weights are loaded."""
 
-    model: ModelSettings
+    model: Annotated[DigitsModel | DiffusersModel, Field(discriminator="name")]
     shape: tuple[int, ...]
     classes: int
     process: ProcessChoice
@@ -33,21 +46,39 @@ class DenoiserDescription(_Settings):
 
     @classmethod
     def of(cls, recipe: Recipe, shape: tuple[int, ...], classes: int) -> DenoiserDescription:
-        """The description of a recipe's teacher."""
+        """The description of the networks of a recipe that trains its own teacher.
+
+        Raises:
+            ValueError: for a recipe whose networks are what its teacher is.
+        """
+        if not isinstance(recipe.model, DigitsModel):
+            raise ValueError(f"model {recipe.model.name} takes its description from its teacher")
         return cls(
             model=recipe.model,
             shape=shape,
             classes=classes,
-            process=recipe.process,
-            parametrisation=recipe.parametrisation,
+            process=recipe.process or EDM(),
+            parametrisation=recipe.parametrisation or EDMPreconditioning(),
         )
 
     def build(self, seed: int = 0) -> Denoiser:
         """A denoiser with fresh weights, which depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = DigitsNetwork(self.shape, self.classes, self.model.width, self.model.blocks)
-        return Denoiser(network, self.process, self.parametrisation)
+            return Denoiser(self._network(), self.process, self.parametrisation)
+
+    def _network(self) -> Any:
+        model = self.model
+        if isinstance(model, DigitsModel):
+            return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
+        from fastdistill.models.pretrained import build_network
+
+        network = build_network(model.config, sample_size=(self.shape[1], self.shape[2]))
+        if model.lora is not None:
+            from fastdistill.models.lora import add_lora
+
+            add_lora(network, model.lora)
+        return network
 
 
 class SavedDenoiser(NamedTuple):
@@ -57,14 +88,27 @@ class SavedDenoiser(NamedTuple):
     description: DenoiserDescription
 
 
-def save_denoiser(folder: Path, denoiser: Denoiser, description: DenoiserDescription) -> None:
-    """Write ``model.safetensors`` and ``config.json``, whole or not at all."""
+def is_saved_denoiser(folder: Path | str) -> bool:
+    """Whether `save_denoiser` wrote a folder, whole or damaged since."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def save_denoiser(
+    folder: Path, weights: dict[str, Tensor], description: DenoiserDescription
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``, whole or not at all.
+
+    Args:
+        folder: where to; a folder that exists is replaced.
+        weights: state dict of the network.
+        description: what it is.
+    """
     documents: dict[str, Any] = {"config": description.model_dump(mode="json")}
-    commit_folder(folder, {"model": denoiser.network.state_dict()}, documents)
+    commit_folder(folder, {"model": weights}, documents)
 
 
 def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> SavedDenoiser:
-    """Read what `save_denoiser` wrote, in evaluation mode.
+    """Read what `save_denoiser` wrote, in float32 and evaluation mode.
 
     Raises:
         DamagedFolderError: for a folder that is not whole.
@@ -73,9 +117,40 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Sav
     folder = Path(folder)
     check_folder(folder)
     description = DenoiserDescription.model_validate(read_document(folder, "config"))
-    denoiser = description.build()
+    with _WithoutInitialisation():
+        denoiser = description.build()
     try:
         denoiser.network.load_state_dict(read_tensors(folder, "model"))
     except RuntimeError as error:
         raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
     return SavedDenoiser(denoiser.to(device).eval(), description)
+
+
+def load_weights(folder: Path, denoiser: Denoiser) -> None:
+    """Fill a denoiser with the weights of a saved one of its kind.
+
+    Of a network with LoRA weights these alone are read: the base is what it is.
+
+    Raises:
+        DamagedFolderError: for a folder that is not whole.
+        ValueError: for weights of another network.
+    """
+    check_folder(folder)
+    rebuilt: frozenset[str] = getattr(denoiser.network, "rebuilt", frozenset())
+    tensors = read_tensors(folder, "model")
+    weights = {name: value for name, value in tensors.items() if name not in rebuilt}
+    missing, unknown = denoiser.network.load_state_dict(weights, strict=False)
+    if unknown or set(missing) - rebuilt:
+        raise ValueError(f"{folder}: the weights are those of another network")
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves weights as they are where torch.nn.init would set them, since they are loaded next."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,8 @@ class Trainer:
         self.noise = Noise(seed, self.device)
         self.modules = {"student": objective.student, **objective.critic_modules()}
         self._graphs = self._make_graphs() if settings.cuda_graph else None
+        if settings.accelerate:
+            accelerate_networks(objective.networks())
         if settings.compile == "blocks":
             for denoiser in objective.networks().values():
                 compile_blocks(denoiser.network)
@@ -331,7 +333,7 @@ class Trainer:
                 for name in self.objective.frozen_roles():
                     frozen.enter_context(self.arenas[name].frozen())
             update = make(batch, sample)
-        update.backward()
+            update.backward()  # blocks that are recomputed in it must find the same frozen weights
         self.metrics.add(role, update.metrics)
         if update.noise_bin is not None:
             chosen = {name: update.metrics[name] for name in update.by_level}
@@ -445,6 +447,23 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def accelerate_networks(denoisers: Mapping[str, Denoiser]) -> None:
+    """Replace layers of every denoiser's network by faster ones, in place.
+
+    Raises:
+        ValueError: for a network that has no layer which `fastdistill.accelerate` knows.
+    """
+    from fastdistill.layers import accelerate, is_accelerated
+
+    for role, denoiser in denoisers.items():
+        network = getattr(denoiser.network, "base", denoiser.network)
+        if not is_accelerated(network) and not accelerate(network).replaced:
+            raise ValueError(
+                f"training.accelerate: the {role}'s {type(network).__name__} has no layer that "
+                "fastdistill.accelerate knows; turn it off"
+            )
 
 
 def _whole(value: Tensor) -> Tensor:

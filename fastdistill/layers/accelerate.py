@@ -19,6 +19,7 @@ from torch import nn
 Undo = Callable[[], None]
 # Attributes of an instance that runs something else than its class does.
 _CHANGES = frozenset(("forward", "_conv_forward"))
+_MARK = "_has_accelerated_layers"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def patches() -> dict[str, Patch]:
     Raises:
         ModuleNotFoundError: without diffusers, whose layers the patches are for.
     """
-    from fastdistill.layers import dit, embedders, joint, transformer, unet
+    from fastdistill.layers import dit, embedders, joint, priority, transformer, unet
 
-    files = (unet, transformer, dit, embedders, joint)
+    files = (unet, transformer, dit, embedders, joint, priority)
     return {patch.name: patch for file in files for patch in file.PATCHES}
 
 
@@ -106,7 +107,14 @@ def accelerate(model: nn.Module, only: Sequence[str] | None = None) -> Accelerat
             if patch.applies_to(module):
                 result._undo.append(patch.apply(module))
                 result.replaced[patch.name] = result.replaced.get(patch.name, 0) + 1
+    if result.replaced:
+        result._undo.append(replace_attribute(model, _MARK, True))
     return result
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` replaced layers of this very module, or of what it is a copy of."""
+    return _MARK in vars(model)
 
 
 def runs(module: nn.Module, kind: type[nn.Module]) -> bool:

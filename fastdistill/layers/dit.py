@@ -67,7 +67,7 @@ class TokenAttention(AttnProcessor2_0):
             k, v = layers_of(encoder_hidden_states, attn.to_k, attn.to_v)
         mask = None if attention_mask is None else _mask(attn, attention_mask, k)
         q, k, v = (heads_of(value, attn.heads) for value in (q, k, v))
-        out = attend(q, k, v, mask)
+        out = attend(attn, q, k, v, mask)
         return attn.to_out[1](attn.to_out[0](out))
 
 

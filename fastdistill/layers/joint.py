@@ -36,6 +36,7 @@ from fastdistill.layers.accelerate import (
     replace_forward,
     runs,
 )
+from fastdistill.layers.priority import priority_of
 from fastdistill.layers.saving import cheap, layers_of
 from fastdistill.layers.tokens import (
     add_and_norm,
@@ -70,13 +71,14 @@ class JointTokenAttention(JointAttnProcessor2_0):
         """[B, T, C], [B, L, C] -> the same shapes"""
         q, k, v = _heads(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
         if encoder_hidden_states is None:
-            out = attend(join(attn.norm_q, q, None, None), join(attn.norm_k, k, None, None), v)
+            q, k = join(attn.norm_q, q, None, None), join(attn.norm_k, k, None, None)
+            out = attend(attn, q, k, v)
             return attn.to_out[1](attn.to_out[0](out))
         layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = _heads(attn, encoder_hidden_states, *layers)
         q = join(attn.norm_q, q, attn.norm_added_q, text_q)
         k = join(attn.norm_k, k, attn.norm_added_k, text_k)
-        out = attend(q, k, join(None, v, None, text_v))
+        out = attend(attn, q, k, join(None, v, None, text_v))
         tokens = hidden_states.shape[1]
         image, text = out[:, :tokens], out[:, tokens:]
         if not attn.context_pre_only:
@@ -106,12 +108,13 @@ class FluxTokenAttention(FluxAttnProcessor):
             q = join(attn.norm_added_q, text_q, attn.norm_q, q, image_rotary_emb)
             k = join(attn.norm_added_k, text_k, attn.norm_k, k, image_rotary_emb)
             v = join(None, text_v, None, v)
-        out = dispatch_attention_fn(
-            *(q, k, v),
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        with priority_of(attn, q):
+            out = dispatch_attention_fn(
+                *(q, k, v),
+                attn_mask=attention_mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
         out = out.flatten(2, 3).to(q.dtype)
         if encoder_hidden_states is None:
             return out

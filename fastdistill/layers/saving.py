@@ -52,24 +52,24 @@ class _Made:
         self._storage = value.untyped_storage()._cdata
         self._function = function
         self._inputs: Any = _Inputs.apply(*inputs).grad_fn
-        self._waiting = 0
+        self._saved = self._asked = 0
         self._value: Tensor | None = None
 
     def pack(self, saved: Tensor) -> Tensor | _Place:
         if saved.untyped_storage()._cdata != self._storage:
             return saved
-        self._waiting += 1
+        self._saved += 1
         return _Place(self, saved)
 
     def again(self) -> Tensor:
-        """The value; forgotten once it was asked for as often as it would have been saved."""
+        """The value; forgotten once it was asked for as often as it was saved, by a whole pass."""
         value = self._value
         if value is None:
             with torch.no_grad():
                 value = self._value = self._function(*self._inputs.saved_tensors)
-        self._waiting -= 1
-        if self._waiting <= 0:
-            self._value = None
+        self._asked += 1
+        if self._asked == self._saved:
+            self._asked, self._value = 0, None
         return value
 
 

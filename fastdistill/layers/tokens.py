@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdistill.layers.accelerate import is_changed, is_hooked
+from fastdistill.layers.priority import priority_of
 from fastdistill.layers.saving import cheap, layers_of
 from fastdistill.ops import gated_residual, modulated_norm, rms_norm_rope
 from fastdistill.ops.gated_residual import _gated_residual
@@ -98,10 +99,11 @@ def heads_of(value: Tensor, heads: int) -> Tensor:
     return value.unflatten(-1, (heads, -1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """torch's attention of tokens by heads  # [B, T, H, D] -> [B, T, H * D]"""
     q, k, v = (value.transpose(1, 2) for value in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with priority_of(attn, q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 

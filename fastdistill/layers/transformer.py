@@ -20,6 +20,7 @@ from fastdistill.layers.accelerate import (
     replace_forward,
     runs,
 )
+from fastdistill.layers.priority import priority_of
 from fastdistill.layers.recompute import (
     Gate,
     Inputs,
@@ -33,13 +34,18 @@ from fastdistill.layers.unet import group_norm, is_group_norm
 
 
 def _is_gated(module: Any) -> bool:
-    if not runs(module, FeedForward) or not runs(module.net[0], GEGLU):
-        return False
-    return not is_changed(module.net[0]) and not is_changed(module.net[1])
+    return runs(module, FeedForward) and runs(module.net[0], GEGLU) and _is_bare_gate(module)
+
+
+def _is_bare_gate(feed_forward: Any) -> bool:
+    """Whether the parts that a feed-forward no longer calls do nothing beside their work."""
+    return not is_changed(feed_forward.net[0]) and not is_changed(feed_forward.net[1])
 
 
 def _gated(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """[B, T, C] -> [B, T, C']"""
+    if not _is_bare_gate(self):
+        return FeedForward.forward(self, hidden_states, *args, **kwargs)
     return _behind_gate(self, self.net[0].proj(hidden_states))
 
 
@@ -84,6 +90,9 @@ class UndividedAttention(AttnProcessor2_0):
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, C] or [B, C, H, W] -> the same shape"""
+        if attn.group_norm is not None and not is_group_norm(attn.group_norm):
+            given = (hidden_states, encoder_hidden_states, attention_mask, temb)
+            return super().__call__(attn, *given, *args, **kwargs)
         image, tokens = hidden_states, hidden_states
         if hidden_states.ndim == 4:
             tokens = hidden_states.flatten(2).transpose(1, 2)
@@ -122,7 +131,8 @@ def attend(attn: Any, projections: tuple[Tensor, ...], mask: Tensor | None) -> T
     q, k, v = (value.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for value in (q, k, v))
     q = q if attn.norm_q is None else attn.norm_q(q)
     k = k if attn.norm_k is None else attn.norm_k(k)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with priority_of(attn, q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.transpose(1, 2).flatten(2).to(q.dtype)
     return attn.to_out[1](attn.to_out[0](out))
 
@@ -135,9 +145,13 @@ def _is_block(module: Any) -> bool:
     """Whether a block is U-Nets' own: layer norms in front of attention, attention and gate."""
     if not runs(module, BasicTransformerBlock) or module.norm_type != "layer_norm":
         return False
-    norms = [module.norm1, module.norm3, *([] if module.attn2 is None else [module.norm2])]
-    plain = module.pos_embed is None and not hasattr(module, "fuser")
-    return plain and all(map(_is_layer_norm, norms))
+    return module.pos_embed is None and not hasattr(module, "fuser") and _has_bare_norms(module)
+
+
+def _has_bare_norms(block: Any) -> bool:
+    """Whether the norms that a block no longer calls do nothing beside their work."""
+    second = block.attn2 is None or _is_layer_norm(block.norm2)
+    return _is_layer_norm(block.norm1) and second and _is_layer_norm(block.norm3)
 
 
 def _block(
@@ -152,7 +166,7 @@ def _block(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """[B, T, C] -> [B, T, C]"""
-    if self._chunk_size is not None or hidden_states.ndim != 3:
+    if self._chunk_size is not None or hidden_states.ndim != 3 or not _has_bare_norms(self):
         forward: Any = BasicTransformerBlock.forward
         texts = (encoder_hidden_states, encoder_attention_mask)
         rest = (timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
@@ -190,7 +204,7 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> tuple[LayerNorm, Inputs]:
 def _gated_here(feed_forward: nn.Module) -> bool:
     """Whether `_gated` was put in place, so that its parts may be called one by one."""
     own = getattr(feed_forward.forward, "__func__", None)
-    return own is _gated and not is_hooked(feed_forward)
+    return own is _gated and not is_hooked(feed_forward) and _is_bare_gate(feed_forward)
 
 
 def _is_plain_attention(attn: Any) -> bool:

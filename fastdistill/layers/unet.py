@@ -49,17 +49,22 @@ def _is_silu(module: Any) -> bool:
 
 
 def _is_residual_block(module: Any) -> bool:
-    if not runs(module, ResnetBlock2D):
-        return False
-    known = module.time_embedding_norm in ("default", "scale_shift")
-    norms = is_group_norm(module.norm1) and is_group_norm(module.norm2)
-    return known and norms and _is_silu(module.nonlinearity) and not is_changed(module.dropout)
+    known = ("default", "scale_shift")
+    return runs(module, ResnetBlock2D) and module.time_embedding_norm in known and _is_bare(module)
+
+
+def _is_bare(block: Any) -> bool:
+    """Whether the parts that a residual block no longer calls do nothing beside their work."""
+    norms = is_group_norm(block.norm1) and is_group_norm(block.norm2)
+    return norms and _is_silu(block.nonlinearity) and not is_changed(block.dropout)
 
 
 def _residual_block(
     self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """[B, C, H, W], [B, E] -> [B, C', H', W']"""
+    if not _is_bare(self):
+        return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)  # type: ignore
     x = dense(input_tensor)
     first = group_norm(self.norm1, x, silu=True)
     resample = self.downsample if self.upsample is None else self.upsample
@@ -99,6 +104,8 @@ def _has_spatial_input(module: Any) -> bool:
 
 def _spatial_input(self: Any, hidden_states: Tensor) -> tuple[Tensor, int]:
     """[B, C, H, W] -> [B, H W, C'] and C'"""
+    if not is_group_norm(self.norm):
+        return Transformer2DModel._operate_on_continuous_inputs(self, hidden_states)
     if self.use_linear_projection:
         source = group_norm(self.norm, hidden_states, tokens=True)
         hidden = linears_behind(*source, [self.proj_in])[0]

@@ -33,6 +33,7 @@ __all__ = [
     "load_pretrained",
     "parametrisation_of",
     "process_of",
+    "read_model_config",
 ]
 
 _VP_SCHEDULERS = {
@@ -117,10 +118,7 @@ def load_pretrained(
             architecture that has no adapter, or a scheduler that is not known or contradicts it.
     """
     hub = {"revision": revision}
-    folder, part = _find_model(source, subfolder, hub)
-    config = _read_config(folder, part, "config.json", hub)
-    if config is None:
-        raise ValueError(f"{_place(folder, part)} has no config.json; expected a diffusers model")
+    folder, part, config = _find_config(source, subfolder, hub)
     name = config.get("_class_name")
     if name not in ADAPTERS:
         raise ValueError(
@@ -140,6 +138,17 @@ def load_pretrained(
         None if torch_dtype == torch.float32 else torch_dtype,
     )
     return Pretrained(denoiser.requires_grad_(False).eval(), found, model_config, str(source))
+
+
+def read_model_config(
+    source: str | Path, *, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """The configuration of the model that `load_pretrained` would load; no weights are read.
+
+    Raises:
+        ValueError: for a source that holds no model.
+    """
+    return _find_config(source, subfolder, {"revision": revision})[2]
 
 
 def process_of(scheduler_config: Mapping[str, Any], tokens: int | None = None) -> Process:
@@ -310,6 +319,24 @@ def _check_variance(scheduler: Mapping[str, Any], model: Mapping[str, Any]) -> N
         )
 
 
+def _find_config(
+    source: str | Path, subfolder: str | None, hub: Mapping[str, Any]
+) -> tuple[str, str | None, dict[str, Any]]:
+    """The source, the part of it that is the denoising network, and the part's configuration."""
+    folder, part = _find_model(source, subfolder, hub)
+    config = _read_config(folder, part, "config.json", hub)
+    if config is None:
+        if Path(folder).is_dir():
+            raise ValueError(
+                f"{_place(folder, part)} has no config.json; expected a diffusers model"
+            )
+        raise ValueError(
+            f"{_place(folder, part)} is neither a folder nor a diffusers model that the Hub, or "
+            "its cache here, gives"
+        )
+    return folder, part, config
+
+
 def _find_model(
     source: str | Path, subfolder: str | None, hub: Mapping[str, Any]
 ) -> tuple[str, str | None]:
@@ -363,13 +390,10 @@ def _download(repository: str, file: str, hub: Mapping[str, Any]) -> str | None:
 
     try:
         return hf_hub_download(repository, file, **hub)
-    except EntryNotFoundError:
+    except (EntryNotFoundError, HFValidationError):
         return None
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"{repository} is neither a folder nor a repository that the Hub gives: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{repository}: {str(error).splitlines()[0]}") from error
 
 
 def _load_model(

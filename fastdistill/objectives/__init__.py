@@ -9,6 +9,7 @@ from fastdistill.objectives.distribution_matching import (
     check_sharing,
 )
 from fastdistill.objectives.divergences import Divergence, divergence_names, get_divergence
+from fastdistill.objectives.regression import KnowledgeDistillation
 
 __all__ = [
     "Batch",
@@ -16,6 +17,7 @@ __all__ = [
     "Discriminator",
     "DistributionMatching",
     "Divergence",
+    "KnowledgeDistillation",
     "MatchingSettings",
     "Objective",
     "Update",

@@ -46,7 +46,7 @@ def _backward_reference(
     gate = F.gelu(g, approximate=approximate)
     grad_x = torch.empty_like(x)
     grad_a, grad_g = grad_x.chunk(2, dim=-1)
-    grad_a.copy_(wide * gate)
+    torch.mul(wide, gate, out=grad_a)
     grad_g.copy_(torch.ops.aten.gelu_backward(wide * a, g, approximate=approximate))
     return grad_x, (a * gate).to(x.dtype) if value else x.new_empty(x.shape[0], 0)
 

@@ -48,8 +48,14 @@ def _of_channels(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """z in the dtype that is computed in, laid out so that torch's kernels take it."""
     z = x.to(torch.promote_types(x.dtype, torch.float32))
-    return z if shift is None else z + _of_channels(shift, z)
+    z = z if shift is None else z + _of_channels(shift, z)
+    return z if z.device.type == "cpu" and z.ndim == 4 else z.contiguous()
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[2:].numel()
 
 
 def _reference(
@@ -62,10 +68,8 @@ def _reference(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = _shifted(x, shift)
-    flat = z.reshape(x.shape[0], groups, -1)
-    var, mean = torch.var_mean(flat, dim=-1, correction=0)
-    rstd = (var + eps).rsqrt()
-    u = F.group_norm(z, groups, weight.to(z.dtype), bias.to(z.dtype), eps)
+    affine = (weight.to(z.dtype), bias.to(z.dtype))
+    u, mean, rstd = torch.native_group_norm(z, *affine, *_sizes(x), groups, eps)
     y = F.silu(u) if silu else u
     return laid_out_as(y.to(x.dtype), x), mean, rstd
 
@@ -88,22 +92,28 @@ def _backward_reference(
     silu: bool,
     value: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    z, places = _shifted(x, shift), tuple(range(2, x.ndim))
-    grouped = (x.shape[0], groups, -1)
-    n = ((z.reshape(grouped) - mean[..., None]) * rstd[..., None]).reshape(z.shape)
-    wide = _of_channels(weight, z)
-    u = wide * n + _of_channels(bias, z)
-    du = torch.ops.aten.silu_backward(grad.to(z.dtype), u) if silu else grad.to(z.dtype)
-    s, m = (wide * du).reshape(grouped), n.reshape(grouped)
-    along_n = (s * m).mean(-1, keepdim=True)
-    dz = (rstd[..., None] * (s - s.mean(-1, keepdim=True) - m * along_n)).reshape(z.shape)
-    y = F.silu(u) if silu else u
+    z, wide = _shifted(x, shift), weight.to(torch.promote_types(x.dtype, torch.float32))
+    du, y = grad.to(z.dtype), None
+    if silu or value:
+        # u = scale z + (bias - scale mean), as torch's kernel forms it;   scale = weight rstd
+        per_group = (*mean.shape, 1)
+        scale = (rstd.reshape(per_group) * wide.view(1, groups, -1)).flatten(1)
+        offset = bias.to(z.dtype) - (mean.reshape(per_group) * scale.view(*mean.shape, -1)).flatten(
+            1
+        )
+        u = torch.addcmul(_of_channels(offset, z), z, _of_channels(scale, z))
+        y = F.silu(u) if silu else u
+        du = torch.ops.aten.silu_backward(du, u) if silu else du
+    dz, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        laid_out_as(du, z), z, mean, rstd, wide, *_sizes(x), groups, [True] * 3
+    )
+    none = x.new_empty(x.shape[0], 0)
     return (
         laid_out_as(dz.to(x.dtype), x),
-        x.new_empty(x.shape[0], 0) if shift is None else dz.sum(places).to(shift.dtype),
-        (du * n).sum((0, *places)).to(weight.dtype),
-        du.sum((0, *places)).to(bias.dtype),
-        laid_out_as(y.to(x.dtype), x) if value else x.new_empty(x.shape[0], 0),
+        none if shift is None else dz.sum(tuple(range(2, x.ndim))).to(shift.dtype),
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype),
+        laid_out_as(y.to(x.dtype), x) if value and y is not None else none,
     )
 
 

@@ -22,6 +22,14 @@ LARGEST_RESIDENT = 3_000_000_000
 _METHODS = ("features", "forward_with_features")
 
 
+def fitting_mode(processes: int, module: nn.Module) -> Mode:
+    """The mode for this many processes and a network of this size."""
+    if processes == 1:
+        return "single"
+    size = sum(parameter.numel() for parameter in module.parameters())
+    return "resident" if size <= LARGEST_RESIDENT else "fsdp"
+
+
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """The processes of a run and what each of them holds of a network.
@@ -61,10 +69,7 @@ class Parallel:
     @staticmethod
     def fitting(ranks: Ranks, module: nn.Module) -> Mode:
         """The mode for these processes and a network of this size."""
-        if ranks.size == 1:
-            return "single"
-        size = sum(parameter.numel() for parameter in module.parameters())
-        return "resident" if size <= LARGEST_RESIDENT else "fsdp"
+        return fitting_mode(ranks.size, module)
 
     def arena(
         self,

@@ -9,7 +9,7 @@ import time
 import torch.distributed as dist
 
 _PAUSE = 0.5  # seconds between two looks at the store
-_PATIENCE = 1.5  # seconds that a living process has to answer
+_PATIENCE = 3.0  # seconds that a living process has to answer, on a machine that others keep busy
 
 
 class RollCall:
@@ -32,7 +32,7 @@ class RollCall:
     def missing(self) -> list[int] | None:
         """Ranks that do not answer, after a few seconds; None where the store does not either."""
         self._wanted.set()
-        self._done.wait(_PAUSE + 2 * _PATIENCE)
+        self._done.wait(_PATIENCE + 3 * _PAUSE)
         return self._missing
 
     def close(self) -> None:

@@ -53,6 +53,17 @@ def test_overrides_change_nested_keys():
         ("training.critic=null", "training.critic is missing"),
         ("device", "not of the form key=value"),
         ("training.steps=[1", "not YAML"),
+        ("model.widht=3", "model.widht is no key; did you mean 'width'"),
+        ("model.name=digit", "model: name 'digit' is unknown; did you mean 'digits'"),
+        ("model={width: 3}", "model.name is missing"),
+        ("data={name: imges}", "data: name 'imges' is unknown; did you mean 'images'"),
+        ("data={name: labels}", "model digits is for the digits, but data is labels"),
+        ("data=folder", "data.path is no key"),
+        ("model={name: pretrained}", "a pretrained model is not trained here"),
+        ("teacher={}", "teacher needs either path or training"),
+        ("teacher.guidance_scale=2", "teacher.condition_dropout"),
+        ("warmup={pairs: 3}", "warmup.training is missing"),
+        ("warmup.training={stepz: 3}", "warmup.training.stepz is no key; did you mean 'steps'"),
     ],
 )
 def test_a_wrong_override_is_refused_with_its_key(override, message):
@@ -65,6 +76,45 @@ def test_a_divergence_that_needs_a_discriminator_needs_its_optimizer():
     overrides = ["objective.divergence=forward_kl", "training.discriminator=null"]
     with pytest.raises(RecipeError, match=r"training\.discriminator is missing"):
         load_recipe("digits", overrides)
+
+
+def test_a_bare_folder_takes_the_place_of_training_a_teacher(tmp_path):
+    recipe = load_recipe("digits", [f"teacher={tmp_path}"])
+    assert (recipe.teacher.path, recipe.teacher.training) == (str(tmp_path), None)
+    recipe = load_recipe("sdxl_dmd2_1step", ["teacher=someone/somewhere", f"data={tmp_path}"])
+    assert (recipe.teacher.path, recipe.data.path) == ("someone/somewhere", str(tmp_path))
+
+
+def test_folders_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = ["teacher=teacher", "data=data", "start=student", "warmup=null"]
+    recipe = load_recipe("sdxl_dmd2_1step", given)
+    found = [recipe.teacher.path, recipe.data.path, recipe.start]
+    assert found == [str(tmp_path / name) for name in ("teacher", "data", "student")]
+
+
+def test_a_bare_name_is_a_choice_without_keys(tmp_path):
+    path = tmp_path / "digits.yaml"
+    path.write_text((RECIPES / "digits.yaml").read_text().replace("{name: digits}", "digits"))
+    assert load_recipe(path) == load_recipe("digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("sdxl_dmd2_1step", "start=student", "needs no warmup"),
+        ("sdxl_dmd2_1step", "warmup.training.critic={lr: 1}", "warm-up's training has no use"),
+        ("sdxl_fdistill", "data={name: labels}", "data labels has no real samples"),
+        ("edm_cifar10", "data={name: images}", "data.size is missing"),
+        ("pixart_sim", "model.critic_loar=4", "did you mean 'critic_lora'"),
+        ("pixart_sim", "model.critic_lora=0", "model.critic_lora is 0"),
+    ],
+)
+def test_a_recipe_of_a_pretrained_teacher_is_checked_as_strictly(name, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(name, [override])
+    assert message in str(error.value)
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest():

@@ -19,7 +19,6 @@ from small import SMALL, small_recipe
 from fastdistill.config import RecipeError
 from fastdistill.engine.folder import check_folder
 from fastdistill.engine.job import Job
-from fastdistill.engine.log import RunLog
 from fastdistill.engine.saved import load_denoiser
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -125,17 +124,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, 
 
 
 def test_a_saved_teacher_is_used_where_it_fits_and_refused_where_not(finished, tmp_path):
-    saved = [f"teacher.path={finished / 'teacher'}", "teacher.training=null"]
-    job = Job.create(tmp_path / "run", small_recipe(*saved), lambda line: None)
-    with RunLog(job.folder, lambda line: None) as log:
-        teacher = job._teacher(None, log)
+    saved = f"teacher={finished / 'teacher'}"
+    job = Job.create(tmp_path / "run", small_recipe(saved), lambda line: None)
+    teacher = job._take_teacher()
     own = load_denoiser(finished / "teacher").denoiser
     for name, value in own.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], value)
     for override in ("model.width=48", "process.sigma_max=70", "parametrisation.sigma_data=1"):
-        other = Job.create(tmp_path / override, small_recipe(*saved, override), lambda line: None)
         with pytest.raises(RecipeError, match="but the recipe has"):
-            other.run()
+            Job.create(tmp_path / override, small_recipe(saved, override), lambda line: None)
+        assert not (tmp_path / override).exists(), "nothing is left behind"
 
 
 def test_a_folder_that_holds_something_is_left_alone(finished):
@@ -196,3 +194,22 @@ def test_info_names_versions_backends_and_what_is_missing():
     assert done.returncode == 0
     for word in ("torch", "triton", "backend cpu", "backend reference", "GPU"):
         assert word in done.stdout
+
+
+def test_a_batch_that_the_gpu_cannot_hold_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    """torch's error, which no machine without a GPU raises by itself, becomes advice."""
+    from fastdistill import cli
+
+    job = Job.create(tmp_path / "run", small_recipe(), lambda line: None)
+
+    def run() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(job, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        cli._run(job)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "too little memory for training.batch_size=" in said
+    assert "`fastdistill plan` says what fits" in said
+    assert "more\n" not in said

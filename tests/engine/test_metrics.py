@@ -10,6 +10,7 @@ import torch
 from fastdistill.diffusion import EDM, VP, Noise, RectifiedFlow
 from fastdistill.engine import sampling
 from fastdistill.engine.metrics import JSONLines, MetricBuffer
+from fastdistill.engine.sampling import Conditions
 
 
 def test_means_are_over_everything_since_the_last_reading():
@@ -66,13 +67,36 @@ class _Gaussian(torch.nn.Module):
     "process", [EDM(), VP.dit(), VP.stable_diffusion(), RectifiedFlow()], ids=str
 )
 def test_teachers_of_every_process_are_sampled_over_the_range_that_they_have(process):
-    images = sampling.sample_teacher(_Gaussian(process), 24, None, 4000, (1,), Noise(0))
+    images = sampling.sample_teacher(_Gaussian(process), 24, Conditions(), 4000, (1,), Noise(0))
     assert float(images.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(images.std()) == pytest.approx(0.5, rel=0.05)
 
 
 def test_samples_do_not_depend_on_how_many_are_drawn_at_once():
     student = _Gaussian(EDM())
-    many = sampling.sample_student(student, (2.5,), None, 1300, (1,), Noise(0))
-    few = sampling.sample_student(student, (2.5,), None, 10, (1,), Noise(0))
+    many = sampling.sample_student(student, (2.5,), Conditions(), 1300, (1,), Noise(0))
+    few = sampling.sample_student(student, (2.5,), Conditions(), 10, (1,), Noise(0))
     assert torch.equal(many[:10], few)
+    apart = sampling.sample_student(student, (2.5,), Conditions(), 10, (1,), Noise(0), batch=3)
+    assert torch.equal(apart, few)
+
+
+class _Shifted(_Gaussian):
+    """Denoiser of N(c, 0.25) for a condition c [B]; 0 is the null condition."""
+
+    def forward(self, x_t, t, condition=None):
+        alpha, sigma = (value.view(-1, 1) for value in self.process.alpha_sigma(t))
+        mean = condition["mean"].view(-1, 1)
+        return mean + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x_t - alpha * mean)
+
+
+def test_guidance_moves_a_gaussian_teacher_past_its_condition():
+    """Of two Gaussians of one variance guidance makes a third, whose mean is extrapolated."""
+    count = 4000
+    given = {"mean": torch.full((count,), 0.5)}
+    conditions = Conditions(given, {"mean": torch.zeros(count)})
+    images = sampling.sample_teacher(
+        _Shifted(EDM()), 24, conditions, count, (1,), Noise(0), batch=1500, guidance_scale=3.0
+    )
+    assert float(images.mean()) == pytest.approx(1.5, abs=0.03)
+    assert float(images.std()) == pytest.approx(0.5, rel=0.05)

@@ -282,3 +282,9 @@ def test_a_resumed_low_precision_run_is_bitwise_the_uninterrupted_one(tmp_path, 
     again.resume(found)
     again.fit()
     assert_bitwise(weights(again), weights(whole))
+
+
+def test_a_network_without_layers_to_accelerate_is_refused():
+    recipe = small_recipe("training.accelerate=true")
+    with pytest.raises(ValueError, match="student's DigitsNetwork has no layer that"):
+        trainer(recipe=recipe)

@@ -30,8 +30,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import layer_cases
+import token_cases
 import torch
+import unet_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs/results/certificates.csv"
@@ -58,6 +59,7 @@ NARROW = {
     "_project_kernel": "numbers of the samples, and of the mean that all samples of a tile share",
     "_map_kernel": "numbers of the samples, and of the mean that all samples of a tile share",
     "_along_components_kernel": "x and the result, 1/K of what is read: 128 elements a program",
+    **unet_cases.NARROW,
 }
 
 
@@ -124,17 +126,23 @@ def _all_cases() -> Iterator[Case]:
         yield Case("gaussian", target, "12288x256", "float32", "bfloat16")
         yield Case("density_ratio", target)
         yield Case("density_ratio_large", target)
-        for op, shape in layer_cases.names():
+        for op, shape in token_cases.names():
             yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
+        for op, shapes in unet_cases.SHAPES.items():
+            for shape in shapes:
+                yield from (Case(op, target, shape, dtype) for dtype in DTYPES)
 
 
 def _of_the_suite(case: Case) -> bool:
     """All kernels on all targets, and each way to cut a sample and each dtype on sm_90."""
     if case.op in ("density_ratio", "uniform", *VARIANTS) or case.shape == "-":
         return case.target == "sm_90" or case.dtype == "bfloat16" or case.op == "density_ratio"
-    if case.op in layer_cases.OPS:
-        first = case.shape == next(iter(layer_cases.shapes(case.op)))
+    if case.op in token_cases.OPS:
+        first = case.shape == next(iter(token_cases.shapes(case.op)))
         return case.dtype == "bfloat16" and (first or case.target == "sm_90")
+    if case.op in unet_cases.SHAPES:
+        middle = case.shape == unet_cases.SHAPES[case.op][1]
+        return middle and (case.target == "sm_90" or case.dtype == "bfloat16")
     if case.op == "gaussian":
         return case.shape == "12288x256" and (case.target == "sm_90" or case.dtype == "bfloat16")
     if case.target != "sm_90":
@@ -306,8 +314,10 @@ def _launch(case: Case, made: list[torch.Tensor]) -> None:
                 match_scores()
             finally:
                 matching.cut = before
-        case op if op in layer_cases.OPS:
-            layer_cases.launch(op, case.shape, BATCH, dtype, meta)
+        case op if op in token_cases.OPS:
+            token_cases.launch(op, case.shape, BATCH, dtype, meta)
+        case op if op in unet_cases.SHAPES:
+            unet_cases.launch(op, case.shape, BATCH, dtype, meta)
         case bad:
             import bad_kernels
 
@@ -443,7 +453,7 @@ def _expected(
     samples = {
         name: value
         for name, value in tensors.items()
-        if (value.ndim > 2 and value.numel() >= BATCH * bound["N"]) or name in layer_cases.CHANNELS
+        if (value.ndim > 2 and value.numel() >= BATCH * bound["N"]) or name in token_cases.CHANNELS
     }
     # A thread has as many neighbours as fill 128 bits of the narrowest tensor; what lies past the
     # sample is cut off by whole rows of threads where the compiler folds the mask, as for CUDA.
@@ -455,7 +465,7 @@ def _expected(
     for name, value in samples.items():
         side = (
             loads
-            if any(value is tensor for tensor in given) or name in layer_cases.CHANNELS
+            if any(value is tensor for tensor in given) or name in token_cases.CHANNELS
             else stores
         )
         side[16] += lanes * value.element_size()
@@ -509,8 +519,8 @@ def _rounded(size: int, threads: int) -> int:
 
 def _tile(bound: dict[str, Any]) -> int:
     """Bytes of basis and samples, means and variances, or of a range, that a loop takes at once."""
-    if layer_cases.is_one(bound):
-        return layer_cases.tile(bound)
+    if token_cases.is_one(bound):
+        return token_cases.tile(bound)
     if "basis_ptr" in bound:
         basis = bound["DIRECTIONS"] * bound["basis_ptr"].element_size()
         return bound["ELEMENTS"] * (basis + bound["SAMPLES"] * bound["x_ptr"].element_size())
@@ -553,6 +563,8 @@ def certify(case: Case) -> list[dict[str, Any]]:
         row["expected"] = None
         if kernel == "_adamw_kernel":
             row["expected"] = _expected_update(bound, threads)
+        elif kernel in unet_cases.LOADS:
+            row["expected"] = unet_cases.expected(kernel, bound, threads)
         elif "PARTS" in bound and "N" in bound:
             row["expected"] = _expected(bound, given, threads, nvidia)
         row["faults"] = faults(row)

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from models import LAYERS, MODELS, build, call_unet, gradients
 from torch import nn
+from unet_models import LAYERS, MODELS, build, call_unet, gradients
 
 from fastdistill.layers import accelerate
 
@@ -102,6 +102,7 @@ def test_what_each_patch_replaces_in_an_sdxl():
         "output_norm": 1,
         "gated_feed_forward": 8,
         "transformer_block": 8,
+        "attention_priority": 16,
     }
     assert accelerate(module, only=["spatial_input"]).replaced == {"spatial_input": 4}
 
@@ -124,6 +125,26 @@ def test_a_norm_with_a_hook_is_left_to_run_it():
     module.norm2.register_forward_hook(lambda *args: seen.append(1))
     assert accelerate(module).replaced == {}
     call(module, inputs)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("residual", "norm2"),
+        ("block", "norm3"),
+        ("block", "ff.net.0"),
+        ("block", "attn1"),
+        ("attention_image", "group_norm"),
+        ("transformer_linear", "norm"),
+    ],
+)
+def test_hooks_of_a_later_day_run_too(name, part):
+    module, inputs, call = build(name)
+    accelerate(module)
+    before, seen = call(module, inputs), []
+    module.get_submodule(part).register_forward_hook(lambda *args: seen.append(1))
+    torch.testing.assert_close(call(module, inputs), before)
     assert seen == [1]
 
 

@@ -305,6 +305,11 @@ def test_options_that_are_not_supported_are_refused(family, option):
         adapt(tiny_model(family, **option))
 
 
+def test_a_model_that_reads_more_than_the_sample_is_refused():
+    with pytest.raises(ValueError, match="has 9 input and 4 output channels"):
+        adapt(tiny_model("sd15", in_channels=9))
+
+
 def test_another_architecture_is_refused():
     model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=8)
     with pytest.raises(ValueError, match="no adapter for AutoencoderKL; expected one of UNet2DC"):

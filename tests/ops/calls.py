@@ -17,6 +17,8 @@ from fastdistill.ops.denoising import _denoising_cotangent
 from fastdistill.ops.density_ratio import _density_ratio_weight
 from fastdistill.ops.gated_residual import _gated_residual, _gated_residual_backward
 from fastdistill.ops.gaussian import _gaussian_transport
+from fastdistill.ops.glu import _geglu, _geglu_backward
+from fastdistill.ops.group_norm import _group_norm_silu, _group_norm_silu_backward
 from fastdistill.ops.matching import _matching_cotangent
 from fastdistill.ops.mixture import _mixture_denoise, _mixture_denoise_backward
 from fastdistill.ops.modulated_norm import _modulated_norm, _modulated_norm_backward
@@ -65,6 +67,17 @@ def calls(
     mean, rstd = torch.randn(2, batch, 5, generator=generator).abs().unbind()
     heads, text = tokens.view(batch, 5, 2, 4), h[:, :2].contiguous().view(batch, 2, 2, 4)
     w1, w2, angles = v[0, 0, :4], v[0, 1, :4], torch.randn(2, 7, 4, generator=generator)
+    image = torch.randn(batch, 6, 3, 5, generator=generator).to(dtype)
+    image_grad = torch.randn(batch, 6, 3, 5, generator=generator).to(dtype)
+    normed = image.clone().requires_grad_(grad)
+    embedding, norm_weight, norm_bias = (
+        image[:, :, 0, 0].clone(),
+        image[0, :, 1, 1],
+        image[0, :, 2, 2],
+    )
+    numbers = torch.rand(2, batch, 2, generator=generator).to(
+        torch.promote_types(dtype, torch.float32)
+    )
     return {
         _normal: (key, index, list(shape), dtype),
         _uniform: (key, index, [5], torch.float32),
@@ -94,6 +107,13 @@ def calls(
         _rms_norm_rope_backward: (
             *(torch.cat((heads, text), dim=1), heads, w1, text, w2, *angles),
             1e-6,
+        ),
+        _geglu: (normed.flatten(2)[..., :14], "tanh"),
+        _geglu_backward: (image_grad[..., 0], image[..., 0].repeat(1, 1, 2), "none", True),
+        _group_norm_silu: (normed, embedding, norm_weight, norm_bias, 2, 1e-5, True),
+        _group_norm_silu_backward: (
+            *(image_grad, image, embedding, norm_weight, norm_bias, *numbers),
+            *(2, True, True),
         ),
         _sum_of_squares: (x.detach(),),
         _adamw_ema_: (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -62,6 +61,7 @@ class Adapter(nn.Module, abc.ABC):
         size = sample_size if sample_size is not None else self._configured_size()
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (self._sample_channels(), height, width)
+        self._check_channels()
         _switch_dropout_off(model)
         self.feature_names = self._choose(features)
 
@@ -143,13 +143,7 @@ class Adapter(nn.Module, abc.ABC):
     ) -> list[Tensor]:
         """Outputs [B, C, H, W] of the chosen blocks; what follows the last is not computed."""
         self.check_condition(condition, model_input.shape[0])
-        found: list[Tensor] = []
-        for name, value in self._walk(model_input, noise_condition, condition):
-            if name in self.feature_names:
-                found.append(value)
-            if len(found) == len(self.feature_names):
-                break
-        return found
+        return self._walk_to_the_last(self._walk(model_input, noise_condition, condition))
 
     def forward_with_features(
         self,
@@ -160,14 +154,12 @@ class Adapter(nn.Module, abc.ABC):
     ) -> tuple[Tensor, list[Tensor]]:
         """Raw output, with a graph if asked for, and the features, from one pass."""
         self.check_condition(condition, model_input.shape[0])
-        found: list[Tensor] = []
-        with contextlib.ExitStack() as past_the_last:
-            for name, value in self._walk(model_input, noise_condition, condition):
-                if name in self.feature_names:
-                    found.append(value)
-                    if len(found) == len(self.feature_names) and not output_graph:
-                        past_the_last.enter_context(torch.no_grad())
-        return self._raw(value, model_input), found
+        walk = self._walk(model_input, noise_condition, condition)
+        features = self._walk_to_the_last(walk)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and output_graph):
+            for _, value in walk:
+                output = value  # the last one is the raw output
+            return self._raw(output, model_input), features
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -231,6 +223,14 @@ class Adapter(nn.Module, abc.ABC):
         }
         return {name: torch.ones(size, dtype=dtype, device=device) for name, size in sizes.items()}
 
+    def _check_channels(self) -> None:
+        inputs, outputs = self.config["in_channels"], self.config["out_channels"] or 0
+        if outputs and outputs not in (inputs, 2 * inputs):
+            raise ValueError(
+                f"this {self.architecture} has {inputs} input and {outputs} output channels, as "
+                "for inpainting; expected as many, or twice as many with a learned variance"
+            )
+
     def _configured_size(self) -> int | tuple[int, int]:
         size = self.config.get("sample_size")
         if size is None:
@@ -249,6 +249,15 @@ class Adapter(nn.Module, abc.ABC):
         return checkpoint(
             block, *arguments, use_reentrant=False, context_fn=self.checkpoint_context, **keywords
         )
+
+    def _walk_to_the_last(self, walk: Iterator[tuple[str, Tensor]]) -> list[Tensor]:
+        """The features, leaving the walk where the last was met."""
+        found: list[Tensor] = []
+        while len(found) < len(self.feature_names):
+            name, value = next(walk)
+            if name in self.feature_names:
+                found.append(value)
+        return found
 
     def _raw(self, output: Tensor, model_input: Tensor) -> Tensor:
         """The prediction alone, where the model also predicts a variance."""

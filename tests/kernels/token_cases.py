@@ -95,7 +95,7 @@ def tile(bound: dict[str, Any]) -> int:
 
 def is_one(bound: dict[str, Any]) -> bool:
     """Whether these are the arguments of a kernel on tokens or heads with a loop or a tile."""
-    return "ROWS" in bound and ("CHANNELS" in bound or "factor_ptr" in bound or "h_ptr" in bound)
+    return not {"grad_y_ptr", "dgate_ptr", "joint"}.isdisjoint(bound)
 
 
 def size(shape: str) -> int:

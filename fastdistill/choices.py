@@ -1,0 +1,194 @@
+"""What a recipe chooses by name: processes, parametrisations, laws, models and data.
+
+Processes, parametrisations and laws are the plain dataclasses of `fastdistill.diffusion`, so that a
+recipe and a script say the same. Models and data are sections with keys of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+)
+from pydantic_core import core_schema
+
+from fastdistill.diffusion import parametrisation as parametrisations
+from fastdistill.diffusion import process as processes
+from fastdistill.diffusion import timesteps
+
+
+class _Choice:
+    """A field that is one of several dataclasses, written as {name: ..., its fields}."""
+
+    def __init__(self, kinds: Mapping[str, type]) -> None:
+        self.kinds = kinds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(
+            self.parse, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
+        )
+
+    def parse(self, value: Any) -> Any:
+        """The object that a mapping describes; an object of a known kind is itself."""
+        if isinstance(value, tuple(self.kinds.values())):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"is {value!r}; expected a mapping with a name, as {{name: NAME, ...}}"
+            )
+        options = dict(value)
+        name = options.pop("name", None)
+        if name not in self.kinds:
+            raise ValueError(f"name {name!r} is unknown{nearest(str(name), self.kinds)}")
+        fields = {field.name for field in dataclasses.fields(self.kinds[name])}
+        for key in options:
+            if key not in fields:
+                raise ValueError(f"{name} has no key {key!r}{nearest(key, fields)}")
+        return TypeAdapter(self.kinds[name]).validate_python(options)
+
+    def dump(self, value: Any) -> dict[str, Any]:
+        """The mapping that `parse` reads back."""
+        name = next(name for name, kind in self.kinds.items() if type(value) is kind)
+        return {"name": name} | dataclasses.asdict(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a word: the known one that is nearest, or all of them."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+ProcessChoice = Annotated[
+    Any,
+    _Choice({"edm": processes.EDM, "vp": processes.VP, "rectified_flow": processes.RectifiedFlow}),
+]
+ParametrisationChoice = Annotated[
+    Any,
+    _Choice(
+        {
+            "edm": parametrisations.EDMPreconditioning,
+            "epsilon": parametrisations.Epsilon,
+            "v": parametrisations.V,
+            "x0": parametrisations.X0,
+            "flow": parametrisations.Flow,
+        }
+    ),
+]
+LawChoice = Annotated[
+    Any,
+    _Choice(
+        {
+            "log_normal_sigma": timesteps.LogNormalSigma,
+            "karras_index": timesteps.KarrasIndex,
+            "uniform": timesteps.Uniform,
+            "logit_normal": timesteps.LogitNormal,
+            "fixed_list": timesteps.FixedList,
+        }
+    ),
+]
+
+
+class Settings(BaseModel):
+    """A section of a recipe: frozen, without unknown keys, each key documented where it stands."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+def _absolute(path: Any) -> Any:
+    """A folder as it is found from anywhere, since a run is resumed from other folders too."""
+    return str(Path(path).resolve()) if isinstance(path, str) and path else path
+
+
+FolderPath = Annotated[str | None, BeforeValidator(_absolute)]
+
+
+class DigitsModel(Settings):
+    """The class-conditional residual MLP of the digits, trained in the run itself."""
+
+    name: Literal["digits"]
+    """digits: the network of teacher, student and critic."""
+    width: PositiveInt = 256
+    """Width of the hidden layers."""
+    blocks: PositiveInt = 3
+    """Residual blocks."""
+
+
+class PretrainedModel(Settings):
+    """A diffusers model: the network is what the teacher's folder says."""
+
+    name: Literal["pretrained"]
+    """pretrained: student and critic start as copies of the teacher."""
+    config: str | None = None
+    """Published architecture that the recipe is made for, as sdxl: a teacher with another one is
+    refused. null takes any."""
+    sample_size: PositiveInt | None = None
+    """Height and width of the samples; null takes what the model's configuration says."""
+    features: tuple[int | str, ...] | None = None
+    """Blocks whose outputs the discriminator reads, by name or number; null takes the usual ones of
+    the architecture."""
+    student_lora: PositiveInt | None = None
+    """Rank of low-rank weights that are trained instead of the student's own; null trains all."""
+    critic_lora: PositiveInt | None = None
+    """Rank of the critic's low-rank weights upon the teacher's own, which are held once for both;
+    null gives the critic weights of its own and trains all."""
+
+
+class DigitsSet(Settings):
+    """The UCI digits."""
+
+    name: Literal["digits"]
+    """digits: 1,797 real images of 8x8 in ten classes."""
+
+
+class EncodedSet(Settings):
+    """Latents or conditions that `fastdistill encode` made."""
+
+    name: Literal["encoded"]
+    """encoded: latents with the embeddings of their captions or with labels, or prompts alone."""
+    path: FolderPath = None
+    """Folder of the set; needed to run, as data=FOLDER."""
+
+
+class ImageSet(Settings):
+    """Images in folders, one a class, or in shards."""
+
+    name: Literal["images"]
+    """images: read as they are, for networks of pixels."""
+    path: FolderPath = None
+    """Folder of the images; needed to run, as data=FOLDER."""
+    size: PositiveInt
+    """Height and width that images are resized and cropped to."""
+
+
+class LabelSet(Settings):
+    """Class labels alone, for methods that need no real samples."""
+
+    name: Literal["labels"]
+    """labels: every class of the network alike."""
+
+
+def _named(value: Any) -> Any:
+    """A bare name as the mapping that it is short for."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+ModelChoice = Annotated[
+    DigitsModel | PretrainedModel, Field(discriminator="name"), BeforeValidator(_named)
+]
+DataChoice = Annotated[
+    DigitsSet | EncodedSet | ImageSet | LabelSet,
+    Field(discriminator="name"),
+    BeforeValidator(_named),
+]

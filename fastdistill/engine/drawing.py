@@ -1,0 +1,99 @@
+"""Samples of a run's saved student, and grids of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdistill.config import load_recipe
+from fastdistill.diffusion import Noise
+from fastdistill.engine import sampling
+from fastdistill.engine.devices import choose_device
+from fastdistill.engine.inputs import open_encoded
+from fastdistill.engine.pictures import Pictures
+from fastdistill.engine.sampling import Conditions
+from fastdistill.engine.saved import DenoiserDescription, load_denoiser
+from fastdistill.models import Denoiser
+
+
+def draw(
+    run: Path,
+    count: int,
+    seed: int = 0,
+    label: int | None = None,
+    data: Path | None = None,
+    device: str = "cpu",
+    batch: int = 100,
+) -> tuple[Tensor, Pictures]:
+    """Samples of a run's student, and what makes pictures of them.
+
+    Args:
+        run: the run's folder.
+        count: number of samples.
+        seed: of the noise.
+        label: class of all samples; classes in turn if None.
+        data: encoded prompts, taken in their order; those of the run if None.
+        device: where samples are made.
+        batch: samples that are made together.
+
+    Raises:
+        ValueError: for a run without a student, and a label or data that do not fit it.
+    """
+    place = choose_device(device)
+    student, description = load_denoiser(run / "student", place)
+    if description.times is None:
+        raise ValueError(f"{run / 'student'} is no student: it has no times to be sampled at")
+    conditions = _conditions(run, student, description, count, label, data)
+    samples = sampling.sample_student(
+        student,
+        description.times,
+        conditions,
+        count,
+        description.shape,
+        Noise(seed, place).at(sampling.EVALUATION_STEP),
+        batch,
+    )
+    return samples, Pictures(description, place)
+
+
+def save_grid(path: Path, columns: Mapping[str, Tensor], pictures: Pictures) -> None:
+    """Draw columns of samples under their titles, at most ten in a row.
+
+    Args:
+        path: a .png file.
+        columns: samples by title.
+        pictures: makes pictures of them.
+    """
+    images = [(title, pictures(samples)) for title, samples in columns.items()]
+    count = max(len(several) for _, several in images)
+    per_row = min(10, count)
+    path.parent.mkdir(exist_ok=True)
+    sampling.save_grid(path, images, -(-count // per_row), per_row, pictures.note)
+
+
+def _conditions(
+    run: Path,
+    student: Denoiser,
+    description: DenoiserDescription,
+    count: int,
+    label: int | None,
+    data: Path | None,
+) -> Conditions:
+    device = next(student.parameters()).device
+    if label is not None and not 0 <= label < description.classes:
+        known = f"0 to {description.classes - 1}" if description.classes else "none: no classes"
+        raise ValueError(f"--label is {label}; expected {known}")
+    labels = sampling.balanced_labels(description.classes, count, device)
+    if labels is not None:
+        return Conditions(labels if label is None else torch.full_like(labels, label))
+    if not getattr(student.network, "condition_shapes", None):
+        return Conditions()
+    folder = data or getattr(load_recipe(run / "recipe.yaml").data, "path", None)
+    if folder is None:
+        raise ValueError(f"{run} has no prompts; give --data, a folder that encode made")
+    found = open_encoded(folder, student.network)
+    condition = found.rows([row % len(found) for row in range(count)]).condition
+    return Conditions({name: value.to(device) for name, value in condition.items()})

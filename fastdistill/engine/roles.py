@@ -1,0 +1,221 @@
+"""The networks of a run: the teacher as it is found, and what is made of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.choices import DigitsModel, PretrainedModel
+from fastdistill.config import Recipe, RecipeError
+from fastdistill.engine.saved import (
+    DenoiserDescription,
+    DiffusersModel,
+    SavedDenoiser,
+    is_saved_denoiser,
+    load_denoiser,
+    load_weights,
+)
+from fastdistill.models import Denoiser
+from fastdistill.objectives import (
+    Discriminator,
+    DistributionMatching,
+    MatchingSettings,
+    Objective,
+    get_divergence,
+)
+
+
+def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> SavedDenoiser:
+    """The teacher that a recipe names, whole and in float32, and what it is.
+
+    Raises:
+        RecipeError: for a recipe without one, or one that is made for another teacher.
+        ValueError: for a folder that holds none, or holds what cannot be read.
+    """
+    path = recipe.teacher.path
+    if path is None:
+        raise RecipeError(
+            f"recipe {recipe.name} needs a teacher: give teacher=FOLDER, a diffusers pipeline's or "
+            "a model's folder or its name on the Hub"
+        )
+    if is_saved_denoiser(path):
+        teacher = load_denoiser(path, device)
+    elif isinstance(recipe.model, PretrainedModel):
+        teacher = _load_pretrained(recipe, path, device)
+    else:
+        raise RecipeError(
+            f"{path} is no saved denoiser, which a teacher of model {recipe.model.name} is; give a "
+            "run's teacher/ or student/"
+        )
+    _check_fits(recipe, teacher.description, path)
+    return teacher
+
+
+def _load_pretrained(recipe: Recipe, path: str, device: torch.device | str) -> SavedDenoiser:
+    from fastdistill.models.pretrained import load_pretrained, read_model_config
+
+    assert isinstance(recipe.model, PretrainedModel)
+    found = read_model_config(path, revision=recipe.teacher.revision)
+    _check_architecture(recipe.model.config, found, path)
+    loaded = load_pretrained(
+        path,
+        device=device,
+        features=recipe.model.features,
+        sample_size=recipe.model.sample_size,
+        revision=recipe.teacher.revision,
+        variant=recipe.teacher.variant,
+    )
+    network = loaded.denoiser.network
+    description = DenoiserDescription(
+        model=DiffusersModel(
+            config=loaded.model_config,
+            scheduler=loaded.scheduler_config,
+            source=loaded.source,
+        ),
+        shape=network.sample_shape,
+        classes=network.classes,
+        process=loaded.denoiser.process,
+        parametrisation=loaded.denoiser.parametrisation,
+    )
+    return SavedDenoiser(loaded.denoiser, description)
+
+
+def _check_fits(recipe: Recipe, found: DenoiserDescription, path: str) -> None:
+    """Make sure that a recipe was written for this teacher."""
+    if isinstance(recipe.model, DigitsModel):
+        wanted: dict[str, Any] = {"model": recipe.model}
+    elif not isinstance(found.model, DiffusersModel):
+        raise RecipeError(
+            f"teacher {path} is a model {found.model.name}, but the recipe is for a diffusers model"
+        )
+    elif found.model.lora is not None:
+        raise RecipeError(f"teacher {path} has LoRA weights apart; export it with them merged")
+    else:
+        wanted = {}
+        _check_architecture(recipe.model.config, found.model.config, path)
+    wanted |= {"process": recipe.process, "parametrisation": recipe.parametrisation}
+    for name, want in wanted.items():
+        have = getattr(found, name)
+        if want is not None and have != want:
+            raise RecipeError(
+                f"teacher {path} has {name} {have}, but the recipe has {want}; drop {name} from "
+                "the recipe where the teacher is right, or give another teacher"
+            )
+
+
+def _check_architecture(name: str | None, found: dict[str, Any], path: str) -> None:
+    if name is None:
+        return
+    from fastdistill.models.configs import model_configuration
+
+    for key, want in model_configuration(name).items():
+        have = found.get(key, want)  # what a file leaves out has diffusers' default
+        if (list(have) if isinstance(have, tuple) else have) != want:
+            raise RecipeError(
+                f"teacher {path} has {key} {have}, but the recipe is for {name}, which has {want}; "
+                "give such a teacher, or another recipe, or model.config=null to take it anyway"
+            )
+
+
+def make_objective(
+    recipe: Recipe, teacher: Denoiser, start: Path | None = None
+) -> DistributionMatching:
+    """The recipe's objective, with student and critic that start as copies of the teacher.
+
+    Args:
+        recipe: what is run.
+        teacher: as `load_teacher` gives it. It may become the critic, so that no more copies are
+            made than the run needs: use the objective's own teacher afterwards.
+        start: a saved student to begin with, as a warm-up's.
+    """
+    settings = recipe.objective
+    frozen = make_frozen(recipe, teacher)
+    student = make_student(recipe, teacher, frozen)
+    if start is not None:
+        load_weights(start, student)
+    rank = _rank(recipe, "critic_lora")
+    if rank is None:
+        critic = teacher.requires_grad_(True).train()
+    else:
+        from fastdistill.models.lora import shared_lora_critic
+
+        critic = shared_lora_critic(frozen, rank, seed=recipe.seed + 3)
+    discriminator = None
+    if settings.needs_discriminator:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed + 1)
+            discriminator = Discriminator(frozen.network.feature_shapes)
+    names = {field.name for field in dataclasses.fields(MatchingSettings)} - {"divergence"}
+    return DistributionMatching(
+        student,
+        frozen,
+        critic,
+        settings.student_times,
+        settings.matching_law,
+        settings.critic_law,
+        discriminator=discriminator,
+        settings=MatchingSettings(
+            divergence=get_divergence(settings.divergence), **settings.model_dump(include=names)
+        ),
+    )
+
+
+def make_frozen(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """A copy of the teacher that is not trained, in the precision that the run computes in."""
+    frozen = copy.deepcopy(teacher).requires_grad_(False).eval()
+    if recipe.training.precision == "bfloat16":
+        frozen.network.to(torch.bfloat16)
+        frozen.input_dtype = torch.bfloat16
+    return frozen
+
+
+def make_student(recipe: Recipe, teacher: Denoiser, frozen: Denoiser) -> Denoiser:
+    """The student as it starts: a copy of the teacher, or low-rank weights upon the frozen one's.
+
+    Args:
+        recipe: what is run.
+        teacher: in float32.
+        frozen: the teacher of the run, whose weights low-rank ones share.
+    """
+    rank = _rank(recipe, "student_lora")
+    if rank is None:
+        return copy.deepcopy(teacher).requires_grad_(True).train()
+    from fastdistill.models.lora import add_lora
+
+    shared = {id(value): value for value in (*frozen.parameters(), *frozen.buffers())}
+    student = copy.deepcopy(frozen, shared).train()
+    add_lora(student.network, rank, seed=recipe.seed + 2)
+    return student
+
+
+def _rank(recipe: Recipe, role: str) -> int | None:
+    return getattr(recipe.model, role, None)
+
+
+def describe_student(recipe: Recipe, teacher: DenoiserDescription) -> DenoiserDescription:
+    """What the recipe's student is."""
+    model = teacher.model
+    if isinstance(recipe.model, PretrainedModel) and isinstance(model, DiffusersModel):
+        model = model.model_copy(update={"lora": recipe.model.student_lora})
+    return teacher.model_copy(update={"model": model, "times": recipe.objective.student_times})
+
+
+def checkpoint_blocks(objective: Objective) -> None:
+    """Recompute activations in backward passes, in every trained network that can.
+
+    Raises:
+        RecipeError: for a network that cannot.
+    """
+    for denoiser in (objective.student, *objective.critic_modules().values()):
+        if not isinstance(denoiser, Denoiser):
+            continue
+        if not hasattr(denoiser.network, "enable_gradient_checkpointing"):
+            raise RecipeError(
+                f"parallel.checkpoint_blocks: {type(denoiser.network).__name__} has no "
+                "enable_gradient_checkpointing()"
+            )
+        denoiser.network.enable_gradient_checkpointing()
