@@ -119,8 +119,7 @@ def _modulated_norm_backward_kernel(
             dfactor += u * n
             doffset += u
         w = u * factor
-        along, level = tl.sum(w * n) / N, tl.sum(w) / N  # in the other order sm_100 spills
-        dx = rstd * (w - level - n * along)
+        dx = rstd * (w - tl.sum(w) / N - n * (tl.sum(w * n) / N))
         if grad_sum_ptr is not None:
             dx += load_block(grad_sum_ptr, start, lanes, exists)
         tl.store(dx_ptr + start + lanes, dx.to(dx_ptr.dtype.element_ty), mask=exists)
