@@ -119,7 +119,7 @@ def _modulated_norm_backward_kernel(
             dfactor += u * n
             doffset += u
         w = u * factor
-        # The order in which ptxas keeps all in registers on sm_100: one for float16, one for others.
+        # The order in which ptxas spills nothing on sm_100: one for float16, one for the others.
         if x_ptr.dtype.element_ty == tl.float16:
             along, level = tl.sum(w * n) / N, tl.sum(w) / N
         else:
