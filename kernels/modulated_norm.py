@@ -122,9 +122,9 @@ def _modulated_norm_backward_kernel(
         # The order in which ptxas spills nothing on sm_100: one for float16, one for the others.
         if x_ptr.dtype.element_ty == tl.float16:
             along, level = tl.sum(w * n) / N, tl.sum(w) / N
+            dx = rstd * (w - level - n * along)
         else:
-            level, along = tl.sum(w) / N, tl.sum(w * n) / N
-        dx = rstd * (w - level - n * along)
+            dx = rstd * (w - tl.sum(w) / N - n * (tl.sum(w * n) / N))
         if grad_sum_ptr is not None:
             dx += load_block(grad_sum_ptr, start, lanes, exists)
         tl.store(dx_ptr + start + lanes, dx.to(dx_ptr.dtype.element_ty), mask=exists)
