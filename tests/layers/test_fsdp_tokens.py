@@ -85,12 +85,13 @@ def test_a_dit_in_an_arena_embeds_all_blocks_at_once(training):
 def test_embedders_that_are_no_batch_are_left_to_their_blocks(change):
     built = build("dit")
     module = built.module.float()
-    if change != "separate":
-        ArenaAdamW(module.parameters(), lr=1e-3)
-    norms = [block.norm1 for block in module.transformer_blocks]
     if change == "lora":
         peft = pytest.importorskip("peft")
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["norm1.linear"]), module)
+        module.requires_grad_(True)  # so that the arena spaces the layers below LoRA's evenly too
+    if change != "separate":
+        ArenaAdamW(module.parameters(), lr=1e-3)
+    norms = [block.norm1 for block in module.transformer_blocks]
     if change == "hook":
         norms[1].emb.register_forward_hook(lambda *args: None)
     x = built.inputs["hidden_states"].float()
