@@ -76,6 +76,7 @@ def count_cycle(
     inputs: Callable[[int], RealBatch],
     *,
     checkpointed: bool = False,
+    keeps_gradients: bool = False,
 ) -> Cycle:
     """Count one cycle of an objective whose networks are on the meta device; they are changed.
 
@@ -85,6 +86,8 @@ def count_cycle(
         shape: shape of one sample.
         inputs: makes a batch of data on the meta device.
         checkpointed: whether blocks are recomputed; the networks must be set so already.
+        keeps_gradients: whether gradients stay until the update, as with ``drop_gradients`` in mode
+            single, instead of being added to the arena's at once.
     """
     low = torch.bfloat16 if training.precision == "bfloat16" else None
     modules = {"student": objective.student, **objective.critic_modules()}
@@ -98,10 +101,11 @@ def count_cycle(
     counter = Counter(batch_size)
     watch = _Watch(counter, objective)
     noise = _FirstChoice(0, "meta")
-    with counter, watch, _as_in_arenas(modules):
+    added = contextlib.nullcontext() if keeps_gradients else _as_in_arenas(modules)
+    with counter, watch, added:
         make = functools.partial(_batch, noise, batch_size, shape, inputs)
+        _student_turn(objective, watch, make)  # its gradients are there during the critic's turn
         _critic_turn(objective, watch, make)
-        _student_turn(objective, watch, make)
     n = training.critic_updates_per_student_update if objective.has_critic else 1
     steps = len(getattr(objective, "student_times", (0,)))
     parts = watch.parts(n, -(-(n - 1) // training.sample_reuse), (steps - 1) / 2)

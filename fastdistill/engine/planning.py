@@ -18,7 +18,7 @@ from fastdistill.data import RealBatch
 from fastdistill.engine.counting import Size
 from fastdistill.engine.cycle import Cycle, count_cycle
 from fastdistill.engine.gpus import GIB, GPU, Assumptions
-from fastdistill.engine.prediction import Prediction, predict
+from fastdistill.engine.prediction import Prediction, Tensors, predict
 from fastdistill.models import Denoiser
 from fastdistill.objectives import Objective
 from fastdistill.parallel import NetworkPlan, plan_network
@@ -106,7 +106,7 @@ class Planner:
         self._networks: dict[Layout, list[NetworkPlan]] = {}
         self._objective = job.objective(False)
         modules = {**self._objective.critic_modules(), **self._objective.networks()}
-        self._tensors = {role: len(list(value.parameters())) for role, value in modules.items()}
+        self._tensors = {role: _tensors(value) for role, value in modules.items()}
         self._buffers = sum(
             value.nbytes for module in modules.values() for value in module.buffers()
         )
@@ -121,6 +121,7 @@ class Planner:
                 job.shape,
                 job.inputs,
                 checkpointed=checkpointed,
+                keeps_gradients=self.gpus == 1 and job.training.drop_gradients,
             )
         return self._cycles[checkpointed]
 
@@ -159,6 +160,11 @@ class Planner:
         activations = self.cycle(layout.checkpoint_blocks).peak.at(batch)
         if self.job.training.sample_reuse > 1:
             activations += self._kept_samples().at(batch)
+        training = self.job.training
+        if layout.mode == "single" and training.drop_gradients and training.accumulation > 1:
+            # From the second micro-batch on the critic's are there in the student's turn too.
+            plans = self.networks(layout)[1:]
+            activations += sum(plan.bytes.get("gradient", 0) for plan in plans)
         reserve = self.assumed.context + self.assumed.fragmentation * activations
         return Memory(self.networks(layout), self._buffers, activations, reserve)
 
@@ -241,6 +247,11 @@ class Planner:
             return plan_network(module, name=role, mode="single")
         unit = self.job.parallel.largest_unit
         return plan_network(module, name=role, mode="fsdp", shards=shards, largest_unit=unit)
+
+
+def _tensors(module: nn.Module) -> Tensors:
+    needs = [parameter.requires_grad for parameter in module.parameters()]
+    return Tensors(len(needs), sum(needs))
 
 
 def explain_misfit(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from fastdistill.config import TrainingSettings
 from fastdistill.engine.cycle import Cycle, Part
@@ -24,6 +25,13 @@ from fastdistill.engine.gpus import (
 from fastdistill.parallel import NetworkPlan
 
 _STATES = ("parameter", "exp_avg", "exp_avg_sq", "ema_0")
+
+
+class Tensors(NamedTuple):
+    """How many parameters a network has, as tensors: what is done one by one costs the host."""
+
+    all: int
+    trained: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +120,7 @@ def predict(
     ranks: int,
     shards: int,
     batch: int,
-    tensors: Mapping[str, int],
+    tensors: Mapping[str, Tensors],
     assumed: Assumptions,
 ) -> Prediction:
     """Predict the time of a cycle.
@@ -125,7 +133,7 @@ def predict(
         ranks: number of GPUs.
         shards: GPUs that hold a network together.
         batch: samples of a micro-batch on one GPU.
-        tensors: parameters of each network, as FSDP2 handles them one by one.
+        tensors: parameters of each network.
         assumed: shares of the peaks, and costs of the host.
     """
     rows = [_networks_row(part, batch, training, gpu, assumed) for part in cycle.parts]
@@ -134,7 +142,7 @@ def predict(
     for plan in networks:
         updates = cycle.updates.get(plan.name, 0)
         if updates:
-            rows.append(_optimizer_row(plan, updates, training, gpu, assumed))
+            rows.append(_optimizer_row(plan, updates, tensors[plan.name], training, gpu, assumed))
         if plan.mode != "single":
             gathers = updates
             if plan.mode == "fsdp":
@@ -168,18 +176,30 @@ def _networks_row(
 
 
 def _optimizer_row(
-    plan: NetworkPlan, updates: int, training: TrainingSettings, gpu: GPU, assumed: Assumptions
+    plan: NetworkPlan,
+    updates: int,
+    tensors: Tensors,
+    training: TrainingSettings,
+    gpu: GPU,
+    assumed: Assumptions,
 ) -> Row:
-    """Norm, update and clearing of gradients; in mode single also their accumulation in place."""
+    """Norm and update, and in mode single what brings gradients into the arena.
+
+    They are added to it one by one and cleared after the update; or, where they are dropped, the
+    first of an update are new tensors, which are copied into it.
+    """
     states = sum(plan.bytes.get(role, 0) for role in _STATES)
-    gradient = plan.bytes["gradient"]
-    moved = 2 * states + plan.bytes.get("copy", 0) + 3 * gradient
+    gradient, sums = plan.bytes["gradient"], 0
+    moved = 2 * states + plan.bytes.get("copy", 0) + 2 * gradient
     if plan.mode == "single":
-        moved += 3 * gradient * training.accumulation
+        sums = training.accumulation - training.drop_gradients
+        moved += 3 * gradient * sums + (2 if training.drop_gradients else 1) * gradient
+    else:
+        moved += gradient
     rate = assumed.optimizer_bandwidth * gpu.bandwidth
-    name = f"{plan.name} optimizer"
-    seconds = {"optimizer": moved / rate}
-    return Row(_owner(plan), name, updates, 0, moved, 3, seconds, assumed.optimizer_launch)
+    name, kernels = f"{plan.name} optimizer", 3 + sums * tensors.trained
+    host = assumed.optimizer_launch + assumed.launch_backward * sums * tensors.trained
+    return Row(_owner(plan), name, updates, 0, moved, kernels, {"optimizer": moved / rate}, host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +210,7 @@ class _Exchange:
     gpu: GPU
     ranks: int
     shards: int
-    tensors: Mapping[str, int]
+    tensors: Mapping[str, Tensors]
     assumed: Assumptions
 
     @property
@@ -206,8 +226,10 @@ class _Exchange:
         rate = self.assumed.optimizer_bandwidth * self.gpu.bandwidth
         name = f"{plan.name}: gathers {gathers}, reductions {reductions}"
         seconds = {"copies of collectives": moved / rate}
-        each = gathers * self.assumed.gather_tensor + reductions * self.assumed.reduce_tensor
-        return Row(_owner(plan), name, 1, 0, moved, 0, seconds, each * self.tensors[plan.name])
+        tensors = self.tensors[plan.name]
+        host = gathers * self.assumed.gather_tensor * tensors.all
+        host += reductions * self.assumed.reduce_tensor * tensors.trained
+        return Row(_owner(plan), name, 1, 0, moved, 0, seconds, host)
 
     def seconds(self, plan: NetworkPlan, gathers: int, reductions: int) -> float:
         """Of the links: gathers and reduce-scatters among shards, all-reduces among replicas."""

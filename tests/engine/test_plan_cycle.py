@@ -206,6 +206,7 @@ LARGER = ["training.critic_updates_per_student_update=2", "training.batch_size=8
             [*GAN, "objective.gan_features=critic", "training.sample_reuse=2", *LARGER],
         ),
         ("dit_xl2_256", ["objective.share_critic_forward=true"]),
+        ("dit_xl2_256", ["training.drop_gradients=true"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "plain",
 )

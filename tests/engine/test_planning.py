@@ -235,8 +235,9 @@ class TestPrediction:
         layout = eight.own_layout()
         student, critic, _ = eight.networks(layout)
         sent = (2 + 4) * (student.parameters + 5 * critic.parameters) * 7 / 8
-        seconds = eight.predict(layout, 8).collectives
-        assert seconds == pytest.approx(sent / bus_bandwidth(H200, 8, Assumptions()))
+        prediction, assumed = eight.predict(layout, 8), Assumptions()
+        assert prediction.collectives == pytest.approx(sent / bus_bandwidth(H200, 8, assumed))
+        assert prediction.exposed == pytest.approx((1 - assumed.hidden) * prediction.collectives)
 
     def test_the_optimizer_moves_46_bytes_a_parameter_with_an_average(self, alone):
         """38 of the norm and the update, 2 to clear the gradient, 6 to accumulate into it."""
@@ -245,6 +246,25 @@ class TestPrediction:
         assert rows["student optimizer"].bytes == 46 * held["student"]
         assert rows["critic optimizer"].bytes == 38 * held["critic"]
         assert rows["critic optimizer"].times == 5
+
+    def test_dropped_gradients_are_copied_and_not_added(self, alone):
+        """4 of 8 bytes, and no kernel for each tensor; gradients are there twice meanwhile."""
+        dropping = planner(BF16, FIVE, "training.batch_size=64", "training.drop_gradients=true")
+        layout = dropping.own_layout()
+        rows = {row.name: row for row in dropping.predict(layout, 64).rows}
+        student = dropping.networks(layout)[0]
+        assert rows["student optimizer"].bytes == 42 * student.bytes["parameter"] / 4
+        assert rows["student optimizer"].kernels == 3
+        tensors = len(list(job_of_recipe(small_recipe()).objective(False).student.parameters()))
+        adding = {row.name: row for row in alone.predict(layout, 64).rows}["student optimizer"]
+        assert adding.kernels == 3 + tensors
+        assert adding.host > rows["student optimizer"].host
+        extra = dropping.memory(layout, 1).activations - alone.memory(layout, 1).activations
+        assert extra > 2 * student.parameters
+        twice = planner(BF16, FIVE, "training.drop_gradients=true", "training.accumulation=2")
+        critic = dropping.networks(layout)[1].bytes["gradient"]
+        more = twice.memory(layout, 1).activations - dropping.memory(layout, 1).activations
+        assert more == critic
 
 
 @pytest.mark.slow
