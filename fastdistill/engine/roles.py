@@ -197,14 +197,12 @@ def describe_student(recipe: Recipe, teacher: DenoiserDescription) -> DenoiserDe
 
 
 def checkpoint_blocks(objective: Objective) -> None:
-    """Recompute activations in backward passes, in every trained network that can.
+    """Recompute activations in backward passes, in every network that has one.
 
     Raises:
         RecipeError: for a network that cannot.
     """
-    for denoiser in (objective.student, *objective.critic_modules().values()):
-        if not isinstance(denoiser, Denoiser):
-            continue
+    for denoiser in objective.graded():
         if not hasattr(denoiser.network, "enable_gradient_checkpointing"):
             raise RecipeError(
                 f"parallel.checkpoint_blocks: {type(denoiser.network).__name__} has no "

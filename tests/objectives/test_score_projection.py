@@ -161,6 +161,26 @@ def test_critic_learns_without_conditions_as_often_as_asked():
         drop_conditions(dataclasses.replace(at, uncondition=None), 0.3, "stream")
 
 
+@pytest.mark.parametrize("gan_weight", [0.0, 0.1])
+def test_the_critics_update_is_shown_null_conditions_and_the_students_is_not(
+    gan_weight, monkeypatch
+):
+    method = objective(critic_condition_dropout=0.5, gan_weight=gan_weight)
+    at = batch(real=torch.randn(COUNT, 1, 8, 8, dtype=torch.float64))
+    seen = []
+    hidden = method.critic.network._hidden
+    monkeypatch.setattr(
+        method.critic.network, "_hidden", lambda *args: seen.append(args[-1]) or hidden(*args)
+    )
+    sample = sample_of(method, at)
+    method.student_update(at, sample)
+    torch.testing.assert_close(seen.pop(), at.condition)
+    method.critic_update(at, sample.detach())
+    for condition in seen:
+        assert 0 < int((condition == 10).sum()) < COUNT
+        torch.testing.assert_close(condition, seen[0])
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
