@@ -40,11 +40,11 @@ from fastdistill.engine.log import RunLog
 from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
 from fastdistill.engine.roles import (
+    RunNetworks,
     checkpoint_blocks,
     describe_student,
     load_teacher,
     make_frozen,
-    make_objective,
     make_student,
 )
 from fastdistill.engine.saved import (
@@ -227,15 +227,16 @@ class Job:
     ) -> dict[str, Any] | None:
         """The stage of the distillation, and what it made."""
         recipe = self.recipe
-        objective = make_objective(recipe, self._take_teacher(), start).to(self.device)
-        self._prepare(objective.teacher, objective.student)
+        networks = RunNetworks(recipe, self._take_teacher(), start)
+        objective = recipe.objective.build(networks).to(self.device)
+        self._prepare(networks.teacher, objective.student)
         trainer = self._trainer("distill", objective, recipe.training, log)
         self._fit(trainer, newest if newest and newest.stage == "distill" else None, log)
         self._save_averaged(trainer, self.folder / "student", self._student_description())
         self.say("evaluating teacher and student")
         with trainer.averaged() as student:
             summary, columns = self.judge.compare(
-                objective.teacher, student, scored=self.ranks.is_first
+                networks.teacher, student, scored=self.ranks.is_first
             )
         if not self.ranks.is_first:
             return None
