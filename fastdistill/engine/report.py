@@ -89,6 +89,12 @@ def _figures(
             ["student/loss"],
         ),
         _curves(
+            "Degradation",
+            "Denoising loss of a copy of the teacher on samples of the initial student.",
+            [row for row in training if row["stage"] == "degradation"],
+            ["student/loss"],
+        ),
+        _curves(
             "Student's distance to the data",
             "Fréchet distance of samples of the averaged student; the dotted line is the distance "
             "between two halves of the real data.",
