@@ -1,5 +1,6 @@
 """Distillation objectives; each is one file that names its tail op, its critic and its weights."""
 
+from fastdistill.objectives.backtracking import Backtracking, BacktrackingMethod, Degradation
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.objectives.denoising import Denoising
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
@@ -25,12 +26,16 @@ METHODS: tuple[type[Method], ...] = (
     DMD,
     DMD2,
     FDistill,
+    BacktrackingMethod,
 )
 """What a recipe's objective can be."""
 
 __all__ = [
     "METHODS",
+    "Backtracking",
+    "BacktrackingMethod",
     "Batch",
+    "Degradation",
     "Denoising",
     "Discriminator",
     "DistributionMatching",

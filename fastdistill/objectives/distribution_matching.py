@@ -88,6 +88,30 @@ def check_sharing(settings: Any) -> None:
         )
 
 
+def draw_course(noise: Noise, times: Sequence[float]) -> int:
+    """How many of a student's times come before the one that this step's samples are of."""
+    return noise.choice("backward-simulation", len(times)) if len(times) > 1 else 0
+
+
+def backward_simulation(
+    student: Denoiser, times: Sequence[float], course: int, batch: Batch
+) -> Tensor:
+    """A student's samples at the time after ``course`` earlier ones  # [B, ...]
+
+    The earlier steps run as at inference, without a graph, so that the student is trained on the
+    inputs that it will see (DMD2, arXiv 2405.14867).
+    """
+    process = student.process
+    t = torch.full(batch.index.shape, times[0], device=batch.index.device)
+    x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
+    for k in range(1, course + 1):
+        with torch.no_grad():
+            x0 = student(x_t, t, batch.condition)
+        t = torch.full_like(t, times[k])
+        x_t = renoise(x0, *process.alpha_sigma(t), batch.noise.key(f"renoise-{k}"), batch.index).x_t
+    return student(x_t, t, batch.condition)
+
+
 class DistributionMatching(Objective):
     """One- or few-step distillation by pathwise score differences.
 
@@ -168,27 +192,17 @@ class DistributionMatching(Objective):
 
     def course(self, noise: Noise) -> int:
         """How many of the student's times come before the one that is trained."""
-        steps = len(self.student_times)
-        return noise.choice("backward-simulation", steps) if steps > 1 else 0
+        return draw_course(noise, self.student_times)
 
     def generate(self, batch: Batch) -> Tensor:
         """The student's sample; with several times, at a step drawn for the whole batch.
 
-        Backward simulation: the earlier steps run as at inference, without a graph, so that the
-        student is trained on the inputs that it will see. The one critic follows the mixture of all
-        steps' samples, so that it is their mixture that is matched to the teacher.
+        The one critic follows the mixture of all steps' samples, so that it is their mixture that
+        is matched to the teacher.
         """
-        process = self.student.process
-        t = torch.full(batch.index.shape, self.student_times[0], device=batch.index.device)
-        x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
-        for k in range(1, self.course(batch.noise) + 1):
-            with torch.no_grad():
-                x0 = self.student(x_t, t, batch.condition)
-            t = torch.full_like(t, self.student_times[k])
-            x_t = renoise(
-                x0, *process.alpha_sigma(t), batch.noise.key(f"renoise-{k}"), batch.index
-            ).x_t
-        return self.student(x_t, t, batch.condition)
+        return backward_simulation(
+            self.student, self.student_times, self.course(batch.noise), batch
+        )
 
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         settings = self.settings
