@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fastdistill.choices import DigitsModel, PretrainedModel
+from fastdistill.choices import DigitsModel, PretrainedModel, RewardChoice
 from fastdistill.config import Recipe, RecipeError
+from fastdistill.engine.rewards import make_reward
 from fastdistill.engine.saved import (
     DenoiserDescription,
     DiffusersModel,
@@ -19,7 +20,7 @@ from fastdistill.engine.saved import (
     load_weights,
 )
 from fastdistill.models import Denoiser
-from fastdistill.objectives import Discriminator, Objective
+from fastdistill.objectives import Discriminator, Objective, Reward
 from fastdistill.objectives.backtracking import DegradationPath
 
 
@@ -153,6 +154,10 @@ class RunNetworks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed + 1)
             return Discriminator(self.teacher.network.feature_shapes)
+
+    def reward(self, choice: RewardChoice) -> Reward:
+        device = next(self.teacher.parameters()).device
+        return make_reward(choice, self.recipe.teacher.path, device)
 
 
 def make_objective(recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> Objective:

@@ -13,20 +13,44 @@ from fastdistill.objectives.divergences import Divergence, divergence_names, get
 from fastdistill.objectives.matching_methods import (
     DMD,
     DMD2,
+    ESD,
     DiffInstruct,
+    DiffInstructPlusPlus,
     DistributionMatchingMethod,
     FDistill,
 )
 from fastdistill.objectives.method import Method, Networks
+from fastdistill.objectives.projection_methods import (
+    SIM,
+    DiffInstructStar,
+    ScoreProjectionMethod,
+    SiD,
+    SiDA,
+)
 from fastdistill.objectives.regression import KnowledgeDistillation
+from fastdistill.objectives.reward import (
+    ClassifierReward,
+    DecodedReward,
+    LinearReward,
+    QuadraticReward,
+    Reward,
+)
+from fastdistill.objectives.score_projection import ScoreProjection
 
 METHODS: tuple[type[Method], ...] = (
     DistributionMatchingMethod,
     DiffInstruct,
+    DiffInstructPlusPlus,
     DMD,
     DMD2,
+    ESD,
     FDistill,
     BacktrackingMethod,
+    ScoreProjectionMethod,
+    SIM,
+    SiD,
+    SiDA,
+    DiffInstructStar,
 )
 """What a recipe's objective can be."""
 
@@ -35,16 +59,23 @@ __all__ = [
     "Backtracking",
     "BacktrackingMethod",
     "Batch",
+    "ClassifierReward",
+    "DecodedReward",
     "Degradation",
     "Denoising",
     "Discriminator",
     "DistributionMatching",
     "Divergence",
     "KnowledgeDistillation",
+    "LinearReward",
     "MatchingSettings",
     "Method",
     "Networks",
     "Objective",
+    "QuadraticReward",
+    "Reward",
+    "ScoreProjection",
+    "ScoreProjectionMethod",
     "Update",
     "check_sharing",
     "divergence_names",

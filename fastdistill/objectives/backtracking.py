@@ -24,13 +24,10 @@ from fastdistill.diffusion import Noise, TimestepLaw
 from fastdistill.models import Denoiser
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.objectives.denoising import denoising_update
-from fastdistill.objectives.distribution_matching import (
-    DistributionMatching,
-    backward_simulation,
-    draw_course,
-)
+from fastdistill.objectives.distribution_matching import DistributionMatching
 from fastdistill.objectives.matching_methods import DistributionMatchingMethod
 from fastdistill.objectives.method import Networks
+from fastdistill.objectives.score_distillation import backward_simulation, draw_course
 from fastdistill.ops import log_snr_bin
 
 
