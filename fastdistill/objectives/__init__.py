@@ -1,6 +1,15 @@
 """Distillation objectives; each is one file that names its tail op, its critic and its weights."""
 
 from fastdistill.objectives.base import Batch, Objective, Update
+from fastdistill.objectives.consistency import Consistency, ConsistencyMethod
+from fastdistill.objectives.consistency_matching import (
+    ConsistencyMatching,
+    ConsistencyMatchingMethod,
+)
+from fastdistill.objectives.continuous_consistency import (
+    ContinuousConsistency,
+    ContinuousConsistencyMethod,
+)
 from fastdistill.objectives.denoising import Denoising
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
 from fastdistill.objectives.distribution_matching import (
@@ -16,6 +25,7 @@ from fastdistill.objectives.matching_methods import (
     DistributionMatchingMethod,
     FDistill,
 )
+from fastdistill.objectives.mean_flow import MeanFlow, MeanFlowMethod
 from fastdistill.objectives.method import Method, Networks
 from fastdistill.objectives.regression import KnowledgeDistillation
 
@@ -25,18 +35,30 @@ METHODS: tuple[type[Method], ...] = (
     DMD,
     DMD2,
     FDistill,
+    ConsistencyMethod,
+    ContinuousConsistencyMethod,
+    MeanFlowMethod,
+    ConsistencyMatchingMethod,
 )
 """What a recipe's objective can be."""
 
 __all__ = [
     "METHODS",
     "Batch",
+    "Consistency",
+    "ConsistencyMatching",
+    "ConsistencyMatchingMethod",
+    "ConsistencyMethod",
+    "ContinuousConsistency",
+    "ContinuousConsistencyMethod",
     "Denoising",
     "Discriminator",
     "DistributionMatching",
     "Divergence",
     "KnowledgeDistillation",
     "MatchingSettings",
+    "MeanFlow",
+    "MeanFlowMethod",
     "Method",
     "Networks",
     "Objective",
