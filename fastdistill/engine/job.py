@@ -328,6 +328,8 @@ class Job:
     ) -> None:
         """Save the trained network with averaged weights, whole."""
         weights = trainer.averaged_weights()
+        two_times = trainer.objective.student.two_times
+        description = description.model_copy(update={"two_times": two_times})
         if self.ranks.is_first:
             named = {name.removeprefix("network."): value for name, value in weights.items()}
             save_denoiser(folder, named, description)

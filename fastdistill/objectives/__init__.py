@@ -2,6 +2,15 @@
 
 from fastdistill.objectives.backtracking import Backtracking, BacktrackingMethod, Degradation
 from fastdistill.objectives.base import Batch, Objective, Update
+from fastdistill.objectives.consistency import Consistency, ConsistencyMethod
+from fastdistill.objectives.consistency_matching import (
+    ConsistencyMatching,
+    ConsistencyMatchingMethod,
+)
+from fastdistill.objectives.continuous_consistency import (
+    ContinuousConsistency,
+    ContinuousConsistencyMethod,
+)
 from fastdistill.objectives.denoising import Denoising
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
 from fastdistill.objectives.distribution_matching import (
@@ -19,6 +28,7 @@ from fastdistill.objectives.matching_methods import (
     DistributionMatchingMethod,
     FDistill,
 )
+from fastdistill.objectives.mean_flow import MeanFlow, MeanFlowMethod
 from fastdistill.objectives.method import Method, Networks
 from fastdistill.objectives.projection_methods import (
     SIM,
@@ -51,6 +61,10 @@ METHODS: tuple[type[Method], ...] = (
     SiD,
     SiDA,
     DiffInstructStar,
+    ConsistencyMethod,
+    ContinuousConsistencyMethod,
+    MeanFlowMethod,
+    ConsistencyMatchingMethod,
 )
 """What a recipe's objective can be."""
 
@@ -62,6 +76,12 @@ __all__ = [
     "ClassifierReward",
     "DecodedReward",
     "Degradation",
+    "Consistency",
+    "ConsistencyMatching",
+    "ConsistencyMatchingMethod",
+    "ConsistencyMethod",
+    "ContinuousConsistency",
+    "ContinuousConsistencyMethod",
     "Denoising",
     "Discriminator",
     "DistributionMatching",
@@ -69,6 +89,8 @@ __all__ = [
     "KnowledgeDistillation",
     "LinearReward",
     "MatchingSettings",
+    "MeanFlow",
+    "MeanFlowMethod",
     "Method",
     "Networks",
     "Objective",
