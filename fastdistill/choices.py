@@ -24,7 +24,7 @@ from pydantic_core import core_schema
 
 from fastdistill.diffusion import parametrisation as parametrisations
 from fastdistill.diffusion import process as processes
-from fastdistill.diffusion import timesteps
+from fastdistill.diffusion import timestep_pairs, timesteps
 
 
 class _Choice:
@@ -95,6 +95,10 @@ LawChoice = Annotated[
             "fixed_list": timesteps.FixedList,
         }
     ),
+]
+PairLawChoice = Annotated[
+    Any,
+    _Choice({"ict": timestep_pairs.ImprovedPairs, "ect": timestep_pairs.EasyPairs}),
 ]
 
 

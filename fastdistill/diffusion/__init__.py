@@ -19,6 +19,13 @@ from fastdistill.diffusion.samplers import (
     karras_sigmas,
     starting_point,
 )
+from fastdistill.diffusion.timestep_pairs import (
+    EasyPairs,
+    ImprovedPairs,
+    PairLaw,
+    Reach,
+    reach_of,
+)
 from fastdistill.diffusion.timesteps import (
     FixedList,
     KarrasIndex,
@@ -34,15 +41,19 @@ __all__ = [
     "X0",
     "AlphaSigma",
     "EDMPreconditioning",
+    "EasyPairs",
     "Epsilon",
     "FixedList",
     "Flow",
+    "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
     "LogitNormal",
     "Noise",
+    "PairLaw",
     "Parametrisation",
     "Process",
+    "Reach",
     "RectifiedFlow",
     "TimestepLaw",
     "Uniform",
@@ -53,5 +64,6 @@ __all__ = [
     "heun",
     "karras_sigmas",
     "loss_weight",
+    "reach_of",
     "starting_point",
 ]

@@ -21,6 +21,7 @@ from fastdistill.engine.saved import (
 )
 from fastdistill.models import Denoiser
 from fastdistill.objectives import Discriminator, Objective, Reward
+from fastdistill.objectives.backtracking import DegradationPath
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> SavedDenoiser:
@@ -123,10 +124,18 @@ class RunNetworks:
         teacher: as `load_teacher` gives it. It may become the critic, so that no more copies are
             made than the run needs: use ``self.teacher`` afterwards.
         start: a saved student to begin with, as a warm-up's.
+        path: the degradation path, where a stage before made one.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Denoiser,
+        start: Path | None = None,
+        path: DegradationPath | None = None,
+    ) -> None:
         self.recipe, self.training = recipe, recipe.training
+        self.path = path
         self._given = teacher
         self.teacher = make_frozen(recipe, teacher)
         self.student = make_student(recipe, teacher, self.teacher)

@@ -28,7 +28,13 @@ def noised_for(
 ) -> Noised:
     """Clean samples [B, ...] at times of a law, with the noise of the stream."""
     t = law.sample(denoiser.process, batch.noise, f"{stream}-t", batch.index)
-    level = denoiser.level(t)
+    return noised_at(denoiser, denoiser.level(t), batch, sample, stream)
+
+
+def noised_at(
+    denoiser: Denoiser, level: Level, batch: Batch, sample: Tensor, stream: str
+) -> Noised:
+    """Clean samples [B, ...] at a noise level, with the noise of the stream."""
     x_t, model_input = renoise(
         sample,
         level.alpha,

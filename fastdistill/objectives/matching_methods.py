@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -95,18 +95,22 @@ class DistributionMatchingMethod(Method):
             divergence=get_divergence(self.divergence), **self.model_dump(include=names)
         )
 
+    def parts(self, networks: Networks) -> dict[str, Any]:
+        """The arguments of the objective."""
+        return {
+            "student": networks.student,
+            "teacher": networks.teacher,
+            "critic": networks.critic(),
+            "student_times": self.student_times,
+            "matching_law": self.matching_law,
+            "critic_law": self.critic_law,
+            "discriminator": networks.discriminator() if self.needs_discriminator else None,
+            "settings": self.matching_settings(),
+            "reward": None if self.reward is None else networks.reward(self.reward),
+        }
+
     def build(self, networks: Networks) -> DistributionMatching:
-        return DistributionMatching(
-            networks.student,
-            networks.teacher,
-            networks.critic(),
-            self.student_times,
-            self.matching_law,
-            self.critic_law,
-            discriminator=networks.discriminator() if self.needs_discriminator else None,
-            settings=self.matching_settings(),
-            reward=None if self.reward is None else networks.reward(self.reward),
-        )
+        return DistributionMatching(**self.parts(networks))
 
 
 class DiffInstruct(DistributionMatchingMethod):

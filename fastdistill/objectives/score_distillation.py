@@ -30,6 +30,30 @@ from fastdistill.objectives.reward import Reward, reward_cotangent
 from fastdistill.ops import log_snr_bin, renoise
 
 
+def draw_course(noise: Noise, times: Sequence[float]) -> int:
+    """How many of a student's times come before the one that this step's samples are of."""
+    return noise.choice("backward-simulation", len(times)) if len(times) > 1 else 0
+
+
+def backward_simulation(
+    student: Denoiser, times: Sequence[float], course: int, batch: Batch
+) -> Tensor:
+    """A student's samples at the time after ``course`` earlier ones  # [B, ...]
+
+    The earlier steps run as at inference, without a graph, so that the student is trained on the
+    inputs that it will see (DMD2, arXiv 2405.14867).
+    """
+    process = student.process
+    t = torch.full(batch.index.shape, times[0], device=batch.index.device)
+    x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
+    for k in range(1, course + 1):
+        with torch.no_grad():
+            x0 = student(x_t, t, batch.condition)
+        t = torch.full_like(t, times[k])
+        x_t = renoise(x0, *process.alpha_sigma(t), batch.noise.key(f"renoise-{k}"), batch.index).x_t
+    return student(x_t, t, batch.condition)
+
+
 class ScoreSettings(Protocol):
     """Numbers that all these methods have."""
 
@@ -127,27 +151,16 @@ class ScoreDistillation(Objective):
 
     def course(self, noise: Noise) -> int:
         """How many of the student's times come before the one that is trained."""
-        steps = len(self.student_times)
-        return noise.choice("backward-simulation", steps) if steps > 1 else 0
+        return draw_course(noise, self.student_times)
 
     def generate(self, batch: Batch) -> Tensor:
         """The student's sample; with several times, at a step drawn for the whole batch.
 
-        Backward simulation: the earlier steps run as at inference, without a graph, so that the
-        student is trained on the inputs that it will see. The one critic follows the mixture of all
-        steps' samples, so that it is their mixture that is matched to the teacher.
+        The one critic follows the mixture of all steps' samples, so that it is their mixture that
+        is matched to the teacher.
         """
-        process = self.student.process
-        t = torch.full(batch.index.shape, self.student_times[0], device=batch.index.device)
-        x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
-        for k in range(1, self.course(batch.noise) + 1):
-            with torch.no_grad():
-                x0 = self.student(x_t, t, batch.condition)
-            t = torch.full_like(t, self.student_times[k])
-            x_t = renoise(
-                x0, *process.alpha_sigma(t), batch.noise.key(f"renoise-{k}"), batch.index
-            ).x_t
-        return self.student(x_t, t, batch.condition)
+        course = self.course(batch.noise)
+        return backward_simulation(self.student, self.student_times, course, batch)
 
     def critic_update(self, batch: Batch, sample: Tensor, shared: Any = None) -> Update:
         """The critic's denoising loss on the samples."""
