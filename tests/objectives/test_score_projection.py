@@ -35,7 +35,9 @@ def denoiser(seed: int, parametrisation=None) -> Denoiser:
     return Denoiser(network, EDM(), parametrisation or EDMPreconditioning())
 
 
-def objective(critic: Denoiser | None = None, **changes) -> ScoreProjection:
+def objective(
+    teacher: Denoiser | None = None, critic: Denoiser | None = None, **changes
+) -> ScoreProjection:
     chosen = ScoreProjectionMethod(name="score_projection", student_times=(2.5,), **changes)
     discriminator = None
     if chosen.needs_discriminator:
@@ -43,7 +45,7 @@ def objective(critic: Denoiser | None = None, **changes) -> ScoreProjection:
         discriminator = Discriminator([(24,), (24,)])
     return ScoreProjection(
         denoiser(0),
-        denoiser(1),
+        teacher or denoiser(1),
         critic or denoiser(2),
         chosen.student_times,
         LAW,
@@ -73,17 +75,20 @@ def frozen_gradients(method: ScoreProjection, at: Batch) -> list[Tensor]:
     return [value.grad for value in method.student.parameters()]
 
 
-@pytest.mark.parametrize("other", [None, Epsilon()], ids=["one kind", "two kinds"])
+@pytest.mark.parametrize(
+    "kinds",
+    [(None, None), (None, Epsilon()), (Epsilon(), None)],
+    ids=["one kind", "scaled teacher", "scaled critic"],
+)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_the_students_gradient_is_autograds_through_both_networks(
-    other, guidance_scale, normalise, reference_backend
+    kinds, guidance_scale, normalise, reference_backend
 ):
     """Through renoising, c_in and both denoisers, against the loss as a graph in float64."""
     alpha, weight = 1.2, 0.5
-    critic = denoiser(2, other)
     method = objective(
-        critic,
+        *(denoiser(seed, kind) for seed, kind in enumerate(kinds, start=1)),
         alpha=alpha,
         projection_weight=weight,
         normalise=normalise,
