@@ -10,7 +10,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastdistill.choices import DigitsModel, ParametrisationChoice, ProcessChoice, Settings
+from fastdistill.choices import (
+    DigitsModel,
+    MLPModel,
+    ParametrisationChoice,
+    ProcessChoice,
+    Settings,
+)
 from fastdistill.config import Recipe
 from fastdistill.diffusion import EDM, EDMPreconditioning
 from fastdistill.engine.folder import MANIFEST, check_folder, commit_folder, read_document
@@ -36,7 +42,7 @@ class DiffusersModel(Settings):
 class DenoiserDescription(Settings):
     """What is needed to rebuild a denoiser before its weights are loaded."""
 
-    model: Annotated[DigitsModel | DiffusersModel, Field(discriminator="name")]
+    model: Annotated[DigitsModel | MLPModel | DiffusersModel, Field(discriminator="name")]
     shape: tuple[int, ...]
     classes: int
     process: ProcessChoice
@@ -51,7 +57,7 @@ class DenoiserDescription(Settings):
         Raises:
             ValueError: for a recipe whose networks are what its teacher is.
         """
-        if not isinstance(recipe.model, DigitsModel):
+        if not isinstance(recipe.model, DigitsModel | MLPModel):
             raise ValueError(f"model {recipe.model.name} takes its description from its teacher")
         return cls(
             model=recipe.model,
@@ -69,7 +75,7 @@ class DenoiserDescription(Settings):
 
     def _network(self) -> Any:
         model = self.model
-        if isinstance(model, DigitsModel):
+        if isinstance(model, DigitsModel | MLPModel):
             return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
         from fastdistill.models.pretrained import build_network
 

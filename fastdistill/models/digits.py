@@ -1,4 +1,4 @@
-"""`DigitsNetwork`: a class-conditional residual MLP for 8x8 images, small enough for two cores."""
+"""`DigitsNetwork`: a residual MLP for vectors and small images, small enough for two cores."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class _Block(nn.Module):
 
 
 class DigitsNetwork(nn.Module):
-    """Residual MLP over flattened pixels, told its noise level and its class.
+    """Residual MLP over flattened samples, told their noise level and, where there is one, class.
 
     Args:
-        shape: shape of one image.
+        shape: shape of one sample: an image's, or (d,) of vectors.
         classes: number of classes; 0 makes it unconditional. Label ``classes`` is the null class.
         width: width of the hidden layers.
         blocks: number of residual blocks.
@@ -76,7 +76,7 @@ class DigitsNetwork(nn.Module):
         return [(self.width,)] * len(self.blocks)
 
     def forward(self, model_input: Tensor, noise_condition: Tensor, condition: Condition) -> Tensor:
-        """Raw output of the shape of ``model_input`` [B, C, H, W]; condition: labels int64 [B]."""
+        """Raw output of the shape of ``model_input`` [B, *shape]; condition: labels int64 [B]."""
         return self._finish(self._hidden(model_input, noise_condition, condition)[-1])
 
     def features(
