@@ -1,6 +1,8 @@
-"""Processes, parametrisations, noise, timestep laws and samplers."""
+"""Processes, parametrisations, noise, timestep laws, samplers and exactly known data."""
 
+from fastdistill.diffusion.mixture import Drawn, GaussianMixture
 from fastdistill.diffusion.noise import Noise
+from fastdistill.diffusion.ode import integrate
 from fastdistill.diffusion.parametrisation import (
     X0,
     EDMPreconditioning,
@@ -40,11 +42,13 @@ __all__ = [
     "VP",
     "X0",
     "AlphaSigma",
+    "Drawn",
     "EDMPreconditioning",
     "EasyPairs",
     "Epsilon",
     "FixedList",
     "Flow",
+    "GaussianMixture",
     "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
@@ -62,6 +66,7 @@ __all__ = [
     "deterministic",
     "few_step",
     "heun",
+    "integrate",
     "karras_sigmas",
     "loss_weight",
     "reach_of",

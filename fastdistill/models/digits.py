@@ -1,4 +1,4 @@
-"""`DigitsNetwork`: a class-conditional residual MLP for 8x8 images, small enough for two cores."""
+"""`DigitsNetwork`: a residual MLP for vectors and small images, small enough for two cores."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class _Block(nn.Module):
 
 
 class DigitsNetwork(nn.Module):
-    """Residual MLP over flattened pixels, told its noise level and its class.
+    """Residual MLP over flattened samples, told their noise level and, where there is one, class.
 
     Args:
-        shape: shape of one image.
+        shape: shape of one sample: an image's, or (d,) of vectors.
         classes: number of classes; 0 makes it unconditional. Label ``classes`` is the null class.
         width: width of the hidden layers.
         blocks: number of residual blocks.
@@ -104,7 +104,7 @@ class DigitsNetwork(nn.Module):
         condition: Condition,
         omega: Tensor | None = None,
     ) -> Tensor:
-        """Raw output of the shape of ``model_input`` [B, C, H, W].
+        """Raw output of the shape of ``model_input`` [B, *shape].
 
         Args:
             model_input: scaled noisy images.

@@ -150,9 +150,9 @@ class Consistency(TrajectoryObjective):
         alpha, sigma = self.student.process.alpha_sigma(first)
         highest = getattr(self.settings.pairs, "sigma_max", math.inf)
         if sigma / alpha > highest * 1.001:
+            latest = self.student.process.time_of_ratio(torch.tensor(highest, device="cpu"))
             raise ValueError(
                 f"student_times begins at {first:g}, where sigma / alpha is {sigma / alpha:g}, but "
-                f"pairs reach {highest:g}: begin at "
-                f"{float(self.student.process.time_of_ratio(torch.tensor(highest, device='cpu'))):g} or below, "
-                "or raise pairs.sigma_max"
+                f"pairs reach {highest:g}: begin at {float(latest):g} or below, or raise "
+                "pairs.sigma_max"
             )
