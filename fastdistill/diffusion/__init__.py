@@ -1,5 +1,12 @@
 """Processes, parametrisations, noise, timestep laws and samplers."""
 
+from fastdistill.diffusion.feynman_kac import (
+    Particles,
+    Target,
+    feynman_kac,
+    gaussian_target,
+    systematic_resampling,
+)
 from fastdistill.diffusion.noise import Noise
 from fastdistill.diffusion.parametrisation import (
     X0,
@@ -42,16 +49,21 @@ __all__ = [
     "LogitNormal",
     "Noise",
     "Parametrisation",
+    "Particles",
     "Process",
     "RectifiedFlow",
+    "Target",
     "TimestepLaw",
     "Uniform",
     "V",
     "convert",
     "deterministic",
     "few_step",
+    "feynman_kac",
+    "gaussian_target",
     "heun",
     "karras_sigmas",
     "loss_weight",
     "starting_point",
+    "systematic_resampling",
 ]
