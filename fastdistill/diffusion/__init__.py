@@ -1,5 +1,12 @@
 """Processes, parametrisations, noise, timestep laws, samplers and exactly known data."""
 
+from fastdistill.diffusion.feynman_kac import (
+    Particles,
+    Target,
+    feynman_kac,
+    gaussian_target,
+    systematic_resampling,
+)
 from fastdistill.diffusion.mixture import Drawn, GaussianMixture
 from fastdistill.diffusion.noise import Noise
 from fastdistill.diffusion.ode import integrate
@@ -56,19 +63,24 @@ __all__ = [
     "Noise",
     "PairLaw",
     "Parametrisation",
+    "Particles",
     "Process",
     "Reach",
     "RectifiedFlow",
+    "Target",
     "TimestepLaw",
     "Uniform",
     "V",
     "convert",
     "deterministic",
     "few_step",
+    "feynman_kac",
+    "gaussian_target",
     "heun",
     "integrate",
     "karras_sigmas",
     "loss_weight",
     "reach_of",
     "starting_point",
+    "systematic_resampling",
 ]
