@@ -127,6 +127,8 @@ class DigitsModel(Settings):
     """Width of the hidden layers."""
     blocks: PositiveInt = 3
     """Residual blocks."""
+    omega: bool = False
+    """An input for what a conditioned augmentation has drawn."""
 
 
 class PretrainedModel(Settings):

@@ -33,7 +33,7 @@ from fastdistill.choices import (
     nearest,
 )
 from fastdistill.diffusion import timesteps
-from fastdistill.objectives import METHODS, BacktrackingMethod, Method
+from fastdistill.objectives import METHODS, AugmentationSettings, BacktrackingMethod, Method
 from fastdistill.optim.schedule import Schedule
 
 
@@ -163,6 +163,8 @@ class TeacherSettings(Settings):
     """Law of its training times."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the samples that train the null condition; guidance needs some."""
+    augmentation: AugmentationSettings | None = None
+    """ScoreAug in its training, for few data; null trains it on plain samples."""
     training: TrainingSettings | None = None
     """How it is trained; null with a path."""
     sampler_steps: PositiveInt = 18
@@ -180,6 +182,8 @@ class TeacherSettings(Settings):
     def _one_source(self) -> TeacherSettings:
         if self.path is not None and self.training is not None:
             raise ValueError("needs either path or training, and not both")
+        if self.path is not None and self.augmentation is not None:
+            raise ValueError("augmentation is set, but a teacher with a path is not trained here")
         _check_trains_one(self.training, "a teacher's")
         return self
 
@@ -316,6 +320,26 @@ class Recipe(Settings):
                 "parallel.teacher is sharded, but objective backtracking replaces the teacher's "
                 "weights as it goes, which it can where they are whole; set replicated"
             )
+        return self
+
+    @property
+    def augmentations(self) -> dict[str, AugmentationSettings]:
+        """What transforms samples, by its key."""
+        found = {
+            "teacher.augmentation": self.teacher.augmentation,
+            "objective.critic_augmentation": getattr(self.objective, "critic_augmentation", None),
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _augmentation_can_be_told(self) -> Recipe:
+        for key, augmentation in self.augmentations.items():
+            if augmentation.conditioned and not getattr(self.model, "omega", False):
+                raise ValueError(
+                    f"{key}.conditioned is set, but model {self.model.name} cannot be told what "
+                    "was drawn: set model.omega where it has the key (digits), or choose "
+                    "transformations that need no telling"
+                )
         return self
 
     @model_validator(mode="after")

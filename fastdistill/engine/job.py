@@ -112,6 +112,8 @@ class Job:
             self.description = self._loaded.description
         if self._loaded is not None and recipe.model.name != "digits":
             self.data = open_data(recipe, self._loaded, self.device)
+        for augmentation in recipe.augmentations.values():
+            augmentation.check_shape(self.description.shape)
         self.judge = Judge(recipe, self.data, self.description, self.device)
 
     @classmethod
@@ -203,7 +205,12 @@ class Job:
             return
         assert settings.training is not None
         denoiser = self.description.build(self.recipe.seed).to(self.device)
-        objective = Denoising(denoiser, settings.law, condition_dropout=settings.condition_dropout)
+        objective = Denoising(
+            denoiser,
+            settings.law,
+            condition_dropout=settings.condition_dropout,
+            augmentation=settings.augmentation,
+        )
         trainer = self._trainer("teacher", objective, settings.training, log)
         self._fit(trainer, newest, log)
         self._save_averaged(trainer, self.folder / "teacher", self.description)
