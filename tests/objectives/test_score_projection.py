@@ -146,7 +146,7 @@ def test_real_and_generated_samples_share_noise_and_level(monkeypatch):
         method.critic.network, "_hidden", lambda *args: seen.append(args) or hidden(*args)
     )
     method.critic_update(at, sample)
-    (fake, level, _), (real, real_level, _) = seen
+    (fake, level, *_), (real, real_level, *_) = seen
     torch.testing.assert_close(level, real_level)
     c_in = ((4 * level).exp().square() + 0.25).rsqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(real - fake, c_in * (at.real - sample), rtol=1e-5, atol=1e-6)
@@ -175,7 +175,7 @@ def test_the_critics_update_is_shown_null_conditions_and_the_students_is_not(
     seen = []
     hidden = method.critic.network._hidden
     monkeypatch.setattr(
-        method.critic.network, "_hidden", lambda *args: seen.append(args[-1]) or hidden(*args)
+        method.critic.network, "_hidden", lambda *args: seen.append(args[2]) or hidden(*args)
     )
     sample = sample_of(method, at)
     method.student_update(at, sample)
@@ -248,6 +248,17 @@ def test_settings_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(RecipeError) as error:
         load_recipe("digits", overrides)
     assert message in str(error.value)
+
+
+def test_methods_say_what_they_read_before_they_start():
+    def method(*overrides):
+        return load_recipe("digits", [*overrides]).objective
+
+    assert not method("objective=sid").needs_real
+    assert method("objective=sida").needs_real
+    assert not method("objective=sid").needs_null
+    assert method("objective=sid", "objective.critic_condition_dropout=0.1").needs_null
+    assert method("objective=esd").needs_null
 
 
 def test_a_discriminator_and_a_gan_weight_go_together():
