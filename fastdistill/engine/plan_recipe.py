@@ -97,7 +97,7 @@ def _digits_job(recipe: Recipe) -> PlannedJob:
     assert isinstance(model, DigitsModel)
 
     def teacher() -> Denoiser:
-        network = DigitsNetwork(shape, classes, model.width, model.blocks)
+        network = DigitsNetwork(shape, classes, model.width, model.blocks, omega=model.omega)
         return Denoiser(
             network, recipe.process or EDM(), recipe.parametrisation or EDMPreconditioning()
         )

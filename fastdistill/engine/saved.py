@@ -75,7 +75,9 @@ class DenoiserDescription(Settings):
     def _network(self) -> Any:
         model = self.model
         if isinstance(model, DigitsModel):
-            return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
+            return DigitsNetwork(
+                self.shape, self.classes, model.width, model.blocks, omega=model.omega
+            )
         from fastdistill.models.pretrained import build_network
 
         network = build_network(model.config, sample_size=(self.shape[1], self.shape[2]))

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistill.models.denoiser import Condition
 
+OMEGA = 10
+"""Numbers that tell what an augmentation drew (`fastdistill.objectives.augmentation`)."""
+
 
 class _Block(nn.Module):
     def __init__(self, width: int, embedding: int) -> None:
@@ -37,6 +40,7 @@ class DigitsNetwork(nn.Module):
         width: width of the hidden layers.
         blocks: number of residual blocks.
         embedding: width of the embedding of noise level and class.
+        omega: whether it can be told what an augmentation drew.
     """
 
     _repeated_blocks = ("_Block",)
@@ -48,6 +52,7 @@ class DigitsNetwork(nn.Module):
         width: int = 256,
         blocks: int = 3,
         embedding: int = 64,
+        omega: bool = False,
     ) -> None:
         super().__init__()
         pixels, frequencies = math.prod(shape), 16
@@ -66,6 +71,14 @@ class DigitsNetwork(nn.Module):
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
         self.leave = nn.Sequential(nn.LayerNorm(width), output)
+        self.omega = nn.Linear(OMEGA, embedding, bias=False) if omega else None
+        if self.omega is not None:
+            nn.init.zeros_(self.omega.weight)
+
+    @property
+    def takes_omega(self) -> bool:
+        """Whether it can be told what an augmentation drew."""
+        return self.omega is not None
 
     def add_second_time(self) -> None:
         """Let noise conditions be [B, 2]; the second changes nothing before it is trained."""
@@ -84,9 +97,22 @@ class DigitsNetwork(nn.Module):
         """Shapes of what `features` returns, for one sample."""
         return [(self.width,)] * len(self.blocks)
 
-    def forward(self, model_input: Tensor, noise_condition: Tensor, condition: Condition) -> Tensor:
-        """Raw output of the shape of ``model_input`` [B, C, H, W]; condition: labels int64 [B]."""
-        return self._finish(self._hidden(model_input, noise_condition, condition)[-1])
+    def forward(
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        omega: Tensor | None = None,
+    ) -> Tensor:
+        """Raw output of the shape of ``model_input`` [B, C, H, W].
+
+        Args:
+            model_input: scaled noisy images.
+            noise_condition: what tells the noise level  # [B]
+            condition: labels, int64 [B].
+            omega: what an augmentation drew [B, OMEGA]; None is as zeros, a plain sample.
+        """
+        return self._finish(self._hidden(model_input, noise_condition, condition, omega)[-1])
 
     def features(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition
@@ -107,7 +133,11 @@ class DigitsNetwork(nn.Module):
             return self._finish(hidden[-1]), hidden
 
     def _hidden(
-        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        omega: Tensor | None = None,
     ) -> list[Tensor]:
         first = noise_condition[:, 0] if self.two_times else noise_condition
         embedding = self.level(self._waves(first).to(model_input.dtype))
@@ -116,6 +146,9 @@ class DigitsNetwork(nn.Module):
             embedding = embedding + self.second(second)
         if self.classes is not None:
             embedding = embedding + self.classes(condition)
+        if omega is not None:
+            assert self.omega is not None
+            embedding = embedding + self.omega(omega.to(embedding.dtype))
         embedding = F.silu(self.mix(embedding))
         hidden = self.enter(model_input.flatten(1))
         states = []
