@@ -49,7 +49,7 @@ class MixtureData:
         return self.mixture.sample(self._noise[seed].at(step), index, f"mixture-{stream}")
 
 
-def ring(components: int = 8, deviation: float = 0.15) -> GaussianMixture:
+def ring(components: int = 8, deviation: float = 0.2) -> GaussianMixture:
     """Equal round components on a circle of radius sqrt(2) in the plane.
 
     Args:

@@ -24,7 +24,6 @@ from fastdistill.diffusion.ode import integrate
 from fastdistill.ops import gaussian_transport, mixture_denoise
 from fastdistill.ops.mixture import MixtureDenoised
 
-
 _SAMPLED_AT_ONCE = 2**22
 
 
