@@ -1,5 +1,12 @@
 """Processes, parametrisations, noise, timestep laws, samplers and exactly known data."""
 
+from fastdistill.diffusion.feynman_kac import (
+    Particles,
+    Target,
+    feynman_kac,
+    gaussian_target,
+    systematic_resampling,
+)
 from fastdistill.diffusion.mixture import Drawn, GaussianMixture
 from fastdistill.diffusion.noise import Noise
 from fastdistill.diffusion.ode import integrate
@@ -21,6 +28,13 @@ from fastdistill.diffusion.samplers import (
     karras_sigmas,
     starting_point,
 )
+from fastdistill.diffusion.timestep_pairs import (
+    EasyPairs,
+    ImprovedPairs,
+    PairLaw,
+    Reach,
+    reach_of,
+)
 from fastdistill.diffusion.timesteps import (
     FixedList,
     KarrasIndex,
@@ -37,26 +51,36 @@ __all__ = [
     "AlphaSigma",
     "Drawn",
     "EDMPreconditioning",
+    "EasyPairs",
     "Epsilon",
     "FixedList",
     "Flow",
     "GaussianMixture",
+    "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
     "LogitNormal",
     "Noise",
+    "PairLaw",
     "Parametrisation",
+    "Particles",
     "Process",
+    "Reach",
     "RectifiedFlow",
+    "Target",
     "TimestepLaw",
     "Uniform",
     "V",
     "convert",
     "deterministic",
     "few_step",
+    "feynman_kac",
+    "gaussian_target",
     "heun",
     "integrate",
     "karras_sigmas",
     "loss_weight",
+    "reach_of",
     "starting_point",
+    "systematic_resampling",
 ]

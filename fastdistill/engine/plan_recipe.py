@@ -16,11 +16,11 @@ from fastdistill.diffusion import EDM, VP, EDMPreconditioning, Epsilon, Flow, Re
 from fastdistill.engine.inputs import own_data
 from fastdistill.engine.planning import PlannedJob
 from fastdistill.engine.roles import checkpoint_blocks, make_objective
+from fastdistill.engine.saved import own_network
 from fastdistill.layers import accelerate
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import build_network
 from fastdistill.models.configs import known_configurations, model_configuration
-from fastdistill.models.digits import DigitsNetwork
 from fastdistill.objectives import Objective
 
 TEXT_TOKENS = {
@@ -100,7 +100,7 @@ def _own_job(recipe: Recipe) -> PlannedJob:
     assert isinstance(model, DigitsModel | MLPModel)
 
     def teacher() -> Denoiser:
-        network = DigitsNetwork(shape, classes, model.width, model.blocks)
+        network = own_network(model, shape, classes)
         return Denoiser(
             network, recipe.process or EDM(), recipe.parametrisation or EDMPreconditioning()
         )

@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 
-from fastdistill.choices import DigitsModel, MixtureSet, MLPModel, PretrainedModel
+from fastdistill.choices import (
+    DigitsModel,
+    MixtureSet,
+    MLPModel,
+    PretrainedModel,
+    RewardChoice,
+)
 from fastdistill.config import Recipe, RecipeError
 from fastdistill.engine.inputs import make_mixture
+from fastdistill.engine.rewards import make_reward
 from fastdistill.engine.saved import (
     DenoiserDescription,
     DiffusersModel,
@@ -20,7 +27,8 @@ from fastdistill.engine.saved import (
     load_weights,
 )
 from fastdistill.models import Denoiser, ExactDenoiser
-from fastdistill.objectives import Discriminator, Objective
+from fastdistill.objectives import Discriminator, Objective, Reward
+from fastdistill.objectives.backtracking import DegradationPath
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> SavedDenoiser:
@@ -123,10 +131,18 @@ class RunNetworks:
         teacher: as `load_teacher` gives it. It may become the critic, so that no more copies are
             made than the run needs: use ``self.teacher`` afterwards.
         start: a saved student to begin with, as a warm-up's.
+        path: the degradation path, where a stage before made one.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Denoiser,
+        start: Path | None = None,
+        path: DegradationPath | None = None,
+    ) -> None:
         self.recipe, self.training = recipe, recipe.training
+        self.path = path
         self._given = teacher
         self.teacher = make_frozen(recipe, teacher)
         self.student = make_student(recipe, teacher, self.teacher)
@@ -145,6 +161,10 @@ class RunNetworks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed + 1)
             return Discriminator(self.teacher.network.feature_shapes)
+
+    def reward(self, choice: RewardChoice) -> Reward:
+        device = next(self.teacher.parameters()).device
+        return make_reward(choice, self.recipe.teacher.path, device)
 
 
 def make_objective(recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> Objective:
@@ -200,14 +220,12 @@ def describe_student(recipe: Recipe, teacher: DenoiserDescription) -> DenoiserDe
 
 
 def checkpoint_blocks(objective: Objective) -> None:
-    """Recompute activations in backward passes, in every trained network that can.
+    """Recompute activations in backward passes, in every network that has one.
 
     Raises:
         RecipeError: for a network that cannot.
     """
-    for denoiser in (objective.student, *objective.critic_modules().values()):
-        if not isinstance(denoiser, Denoiser):
-            continue
+    for denoiser in objective.graded():
         if not hasattr(denoiser.network, "enable_gradient_checkpointing"):
             raise RecipeError(
                 f"parallel.checkpoint_blocks: {type(denoiser.network).__name__} has no "

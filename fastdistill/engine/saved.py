@@ -39,6 +39,15 @@ class DiffusersModel(Settings):
     """The teacher's folder or its name on the Hub: where its VAE and text encoders are."""
 
 
+def own_network(
+    model: DigitsModel | MLPModel, shape: tuple[int, ...], classes: int
+) -> DigitsNetwork:
+    """The network of a model section that is trained in the run itself, with fresh weights."""
+    omega = isinstance(model, DigitsModel) and model.omega
+    octaves = model.octaves if isinstance(model, MLPModel) else 0
+    return DigitsNetwork(shape, classes, model.width, model.blocks, omega=omega, octaves=octaves)
+
+
 class DenoiserDescription(Settings):
     """What is needed to rebuild a denoiser before its weights are loaded."""
 
@@ -49,6 +58,8 @@ class DenoiserDescription(Settings):
     parametrisation: ParametrisationChoice
     times: tuple[float, ...] | None = None
     """A student's times from the noisiest on; None for a denoiser that is sampled by an ODE."""
+    two_times: bool = False
+    """Whether the network is told a second time, as mean_flow's student is."""
 
     @classmethod
     def of(cls, recipe: Recipe, shape: tuple[int, ...], classes: int) -> DenoiserDescription:
@@ -71,12 +82,15 @@ class DenoiserDescription(Settings):
         """A denoiser with fresh weights, which depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Denoiser(self._network(), self.process, self.parametrisation)
+            denoiser = Denoiser(self._network(), self.process, self.parametrisation)
+        if self.two_times:
+            denoiser.add_second_time()
+        return denoiser
 
     def _network(self) -> Any:
         model = self.model
         if isinstance(model, DigitsModel | MLPModel):
-            return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
+            return own_network(model, self.shape, self.classes)
         from fastdistill.models.pretrained import build_network
 
         network = build_network(model.config, sample_size=(self.shape[1], self.shape[2]))
@@ -133,7 +147,7 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Sav
 
 
 def load_weights(folder: Path, denoiser: Denoiser) -> None:
-    """Fill a denoiser with the weights of a saved one of its kind.
+    """Fill a denoiser with the weights of a saved one of its kind, which may have a second time.
 
     Of a network with LoRA weights these alone are read: the base is what it is.
 
@@ -142,6 +156,8 @@ def load_weights(folder: Path, denoiser: Denoiser) -> None:
         ValueError: for weights of another network.
     """
     check_folder(folder)
+    if read_document(folder, "config").get("two_times"):
+        denoiser.add_second_time()
     rebuilt: frozenset[str] = getattr(denoiser.network, "rebuilt", frozenset())
     tensors = read_tensors(folder, "model")
     weights = {name: value for name, value in tensors.items() if name not in rebuilt}
