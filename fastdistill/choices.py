@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     TypeAdapter,
     model_validator,
@@ -141,6 +142,9 @@ class MLPModel(Settings):
     """Width of the hidden layers."""
     blocks: PositiveInt = 3
     """Residual blocks."""
+    octaves: NonNegativeInt = 0
+    """Sines and cosines of the inputs at 1, 2, 4, ... that are read beside them: networks of few
+    inputs are too smooth for narrow modes without."""
 
 
 class PretrainedModel(Settings):

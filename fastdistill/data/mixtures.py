@@ -14,7 +14,7 @@ from fastdistill.data.base import RealBatch
 from fastdistill.diffusion import Drawn, GaussianMixture, Noise
 
 _PRESET_SEED = 20260101
-_LOG_SPECTRUM = (math.log10(0.03), 0.0)
+_LOG_SPECTRUM = (-1.0, 0.0)
 
 
 class MixtureData:
@@ -49,12 +49,12 @@ class MixtureData:
         return self.mixture.sample(self._noise[seed].at(step), index, f"mixture-{stream}")
 
 
-def ring(components: int = 8, deviation: float = 0.15) -> GaussianMixture:
+def ring(components: int = 8, deviation: float = 0.2) -> GaussianMixture:
     """Equal round components on a circle of radius sqrt(2) in the plane.
 
     Args:
         components: their number.
-        deviation: standard deviation of each; neighbours of 8 are 1.08 apart.
+        deviation: standard deviation of each; the centres of 8 are 1.08 apart, 5 of these.
 
     Raises:
         ValueError: for a deviation that is not positive.
@@ -69,7 +69,7 @@ def ring(components: int = 8, deviation: float = 0.15) -> GaussianMixture:
 def correlated(components: int = 10, dimensions: int = 64) -> GaussianMixture:
     """Components with random means and weights, and with random axes of their own.
 
-    Along its axes every component has variances from 0.03 to 1, equally spaced in the logarithm;
+    Along its axes every component has variances from 0.1 to 1, equally spaced in the logarithm;
     the weights are between half and three halves of the mean. Everything is drawn from a fixed
     counter-based seed, so that it is the same on every machine.
 

@@ -38,6 +38,7 @@ from fastdistill.engine.folder import write_text
 from fastdistill.engine.inputs import open_data, own_data
 from fastdistill.engine.judge import Judge
 from fastdistill.engine.log import RunLog
+from fastdistill.engine.metrics import finite
 from fastdistill.engine.nodes import NodeFolder
 from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
@@ -299,7 +300,7 @@ class Job:
         if not self.ranks.is_first:
             return None
         self.judge.scores.draw(self.folder / "grid.png", columns)
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(self.folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
         write_report(self.folder, recipe, summary)
         return summary
 

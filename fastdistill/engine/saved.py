@@ -44,7 +44,8 @@ def own_network(
 ) -> DigitsNetwork:
     """The network of a model section that is trained in the run itself, with fresh weights."""
     omega = isinstance(model, DigitsModel) and model.omega
-    return DigitsNetwork(shape, classes, model.width, model.blocks, omega=omega)
+    octaves = model.octaves if isinstance(model, MLPModel) else 0
+    return DigitsNetwork(shape, classes, model.width, model.blocks, omega=omega, octaves=octaves)
 
 
 class DenoiserDescription(Settings):

@@ -37,7 +37,7 @@ def test_presets_have_about_unit_variance(mixture):
     samples = MixtureData(mixture).batch(0, 0, 20_000).samples
     spread = samples.var(0).mean()
     if len(mixture.means) == 1:
-        spread = spread + (1 - 0.2766)  # a Gaussian has no spread of means
+        spread = spread + (1 - 0.3942)  # a Gaussian has no spread of means
     assert float(spread) == pytest.approx(1.0, abs=0.2)
 
 
@@ -57,7 +57,7 @@ def test_correlated_components_differ_in_axes_and_weights():
     assert float((mixture.covariances[0] - mixture.covariances[1]).abs().max()) > 0.2
     spectra = torch.linalg.eigvalsh(mixture.covariances.double())
     torch.testing.assert_close(spectra[0], spectra[1], rtol=1e-4, atol=1e-6)
-    assert float(spectra.max() / spectra.min()) == pytest.approx(1 / 0.03, rel=1e-3)
+    assert float(spectra.max() / spectra.min()) == pytest.approx(10, rel=1e-3)
     assert float(mixture.log_weights.max() - mixture.log_weights.min()) > 0.1
 
 
@@ -69,7 +69,7 @@ def test_the_fixed_seed_gives_the_same_mixture_always():
     torch.testing.assert_close(mixture.means[0, :3], torch.tensor(FIRST), rtol=1e-4, atol=1e-5)
 
 
-FIRST = [0.36588, -1.11868, 0.13285]
+FIRST = [0.33593, -1.02711, 0.12197]
 
 
 def test_a_ring_of_points_is_refused():

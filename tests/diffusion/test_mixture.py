@@ -31,10 +31,10 @@ def draw(*shape: int) -> Tensor:
 
 
 def random_mixture(components: int, d: int) -> GaussianMixture:
-    """Means and covariances of random scale; the first component along the coordinates."""
+    """Means and covariances of random scale."""
     factors = draw(components, d, d)
     covariances = 0.3 * factors @ factors.mT + 0.1 * torch.eye(d, dtype=torch.float64)
-    covariances[0] = covariances[0].diagonal().diag()
+    covariances[-1] = covariances[-1].diagonal().diag()  # one along the coordinates, the last
     weights = 0.5 + torch.rand(components, dtype=torch.float64)
     return GaussianMixture(2 * draw(components, d), covariances, weights, torch.float64)
 
@@ -62,6 +62,7 @@ def test_density_score_and_denoiser_are_those_of_the_noised_components(name):
     """T9, at a random configuration: log p, grad log p by autograd, and Tweedie's D."""
     process, time, _ = PROCESSES[name]
     mixture = random_mixture(4, 5)
+    assert mixture.order.tolist() != [0, 1, 2, 3]
     alpha, sigma = levels(process, time)
     expected = reference(mixture, float(alpha[0]), float(sigma[0]))
     x = 2 * draw(6, 5)

@@ -130,11 +130,12 @@ def test_scores_rank_the_truth_before_a_narrow_and_a_collapsed_student():
     scores = MixtureScores(data, None, 0)  # type: ignore[arg-type]
     truth = data.batch(0, 0, 3000).samples
     centres = data.mixture.means.repeat_interleave(375, 0)
-    narrow = scores.of(centres + 0.02 * torch.randn(3000, 2))
+    narrow = scores.of(centres + 0.08 * torch.randn(3000, 2))
     one = scores.of(data.mixture.means[:1] + 0.15 * torch.randn(3000, 2))
     good = scores.of(truth)
     assert good["reverse_kl"] < 0.05 < narrow["reverse_kl"] < one["reverse_kl"]
-    assert good["sliced_wasserstein"] < narrow["sliced_wasserstein"] < one["sliced_wasserstein"]
+    assert max(good["sliced_wasserstein"], narrow["sliced_wasserstein"]) < 0.2
+    assert one["sliced_wasserstein"] > 1
     assert (good["modes_covered"], narrow["modes_covered"], one["modes_covered"]) == (8, 8, 1)
     assert narrow["reverse_kl_real"] == good["reverse_kl_real"], "one yardstick at one count"
 
