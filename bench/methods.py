@@ -40,12 +40,28 @@ class Case:
         return self.overrides + tuple(self.recipes.get(recipe, ()))
 
 
+EXACT = ("mixture_2d", "mixture_64d")
+"""Recipes whose teacher is exact, and has no features."""
+ON_CRITIC = dict.fromkeys(EXACT, ("objective.gan_features=critic",))
+TRAJECTORIES = ("training.student.betas=[0.9, 0.99]", "objective.student_times=[20]")
+TWO, FOUR = "objective.student_times=[2.5, 0.6]", "objective.student_times=[2.5, 1.2, 0.6, 0.3]"
+
 CASES = (
     Case("Diff-Instruct", ("objective=diff_instruct",)),
     Case("DMD (reverse KL)", ("objective=dmd",)),
+    Case("DMD, 2 steps", ("objective=dmd", TWO)),
+    Case("DMD, 4 steps", ("objective=dmd", FOUR)),
     Case("DMD2", ("objective=dmd2",)),
-    Case("f-distill, Jensen-Shannon", ("objective=f_distill",)),
-    Case("f-distill, forward KL", ("objective=f_distill", "objective.divergence=forward_kl")),
+    Case("f-distill, Jensen-Shannon", ("objective=f_distill",), ON_CRITIC),
+    Case("f-distill, forward KL", ("objective=f_distill", "objective.divergence=forward_kl"), ON_CRITIC),
+    Case("DisBack", ("objective=backtracking",)),
+    Case("SIM", ("objective=sim",)),
+    Case("SiD", ("objective=sid",)),
+    Case("SiDA", ("objective=sida",)),
+    Case("consistency, ECT", ("objective=consistency", *TRAJECTORIES)),
+    Case("sCM", ("objective=continuous_consistency", *TRAJECTORIES)),
+    Case("rCM", ("objective=consistency_matching",)),
+    Case("MeanFlow", ("objective=mean_flow", *TRAJECTORIES)),
 )
 
 COLUMNS: dict[str, dict[str, str]] = {
