@@ -151,3 +151,11 @@ def test_a_dropped_mode_costs_coverage_and_not_density():
     found = density_coverage(torch.cat([left, right]), left)
     assert found.density > 1
     assert found.coverage == pytest.approx(80 / 120)
+
+
+def test_chunks_give_the_density_and_coverage_of_the_whole(monkeypatch):
+    real, generated = normal(70, 4, seed=1), normal(50, 4, seed=2) + 1
+    whole = density_coverage(real, generated)
+    monkeypatch.setattr("fastdistill.evaluate.neighbours.DISTANCES_AT_ONCE", 130)
+    assert density_coverage(real, generated) == whole
+    assert 0 < whole.coverage < 1
