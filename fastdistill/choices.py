@@ -19,12 +19,13 @@ from pydantic import (
     Field,
     PositiveInt,
     TypeAdapter,
+    model_validator,
 )
 from pydantic_core import core_schema
 
 from fastdistill.diffusion import parametrisation as parametrisations
 from fastdistill.diffusion import process as processes
-from fastdistill.diffusion import timesteps
+from fastdistill.diffusion import timestep_pairs, timesteps
 
 
 class _Choice:
@@ -96,6 +97,10 @@ LawChoice = Annotated[
         }
     ),
 ]
+PairLawChoice = Annotated[
+    Any,
+    _Choice({"ict": timestep_pairs.ImprovedPairs, "ect": timestep_pairs.EasyPairs}),
+]
 
 
 class Settings(BaseModel):
@@ -120,6 +125,19 @@ class DigitsModel(Settings):
     name: Literal["digits"]
     """digits: the network of teacher, student and critic."""
     width: PositiveInt = 256
+    """Width of the hidden layers."""
+    blocks: PositiveInt = 3
+    """Residual blocks."""
+    omega: bool = False
+    """An input for what a conditioned augmentation has drawn."""
+
+
+class MLPModel(Settings):
+    """The residual MLP for vectors, trained in the run itself."""
+
+    name: Literal["mlp"]
+    """mlp: the network of student and critic, and of a teacher that is not exact."""
+    width: PositiveInt = 128
     """Width of the hidden layers."""
     blocks: PositiveInt = 3
     """Residual blocks."""
@@ -179,16 +197,85 @@ class LabelSet(Settings):
     """labels: every class of the network alike."""
 
 
+class MixtureSet(Settings):
+    """A Gaussian mixture, of which the density and all scores are known."""
+
+    name: Literal["mixture"]
+    """mixture: endless samples, drawn by the seed and the step."""
+    preset: Literal["ring", "correlated"]
+    """ring: equal round modes on a circle in the plane. correlated: modes with covariances and
+    weights of their own, from a fixed seed, in any dimension; one mode is a Gaussian."""
+    modes: PositiveInt = 8
+    """Number of modes."""
+    dimensions: PositiveInt = 2
+    """Numbers of one sample; a ring has two."""
+
+    @model_validator(mode="after")
+    def _ring_is_plane(self) -> MixtureSet:
+        if self.preset == "ring" and self.dimensions != 2:
+            raise ValueError(
+                f"a ring lies in the plane, but dimensions is {self.dimensions}; choose preset "
+                "correlated"
+            )
+        return self
+
+
 def _named(value: Any) -> Any:
     """A bare name as the mapping that it is short for."""
     return {"name": value} if isinstance(value, str) else value
 
 
 ModelChoice = Annotated[
-    DigitsModel | PretrainedModel, Field(discriminator="name"), BeforeValidator(_named)
+    DigitsModel | MLPModel | PretrainedModel, Field(discriminator="name"), BeforeValidator(_named)
 ]
 DataChoice = Annotated[
-    DigitsSet | EncodedSet | ImageSet | LabelSet,
+    DigitsSet | EncodedSet | ImageSet | LabelSet | MixtureSet,
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]
+
+
+class _RewardSettings(Settings):
+    decode: bool = False
+    """Reward the pictures that the teacher's VAE decodes from latents, and not the latents."""
+
+
+class Linear(_RewardSettings):
+    """Brightness."""
+
+    name: Literal["linear"]
+    """linear: slope times the mean of a sample's elements."""
+    slope: float = 1.0
+    """Factor; a negative one wants darkness."""
+
+
+class Quadratic(_RewardSettings):
+    """Nearness to a value."""
+
+    name: Literal["quadratic"]
+    """quadratic: minus half the mean of (x - target)^2."""
+    target: float = 0.0
+    """The value."""
+
+
+class OfDigitsClassifier(_RewardSettings):
+    """What the classifier says by which digits are judged."""
+
+    name: Literal["digits_classifier"]
+    """digits_classifier: log-probability of the class under the classifier that judges digits."""
+    label: int | None = Field(default=None, ge=0, le=9)
+    """The class wanted of every sample; null wants each sample's own."""
+
+
+RewardChoice = Annotated[
+    Linear | Quadratic | OfDigitsClassifier, Field(discriminator="name"), BeforeValidator(_named)
+]
+
+
+def check_reward(reward: Any, weight: float) -> None:
+    """Raise ValueError for a reward without a weight, or a weight without a reward."""
+    if (reward is not None) != (weight > 0):
+        raise ValueError(
+            f"reward is {'null' if reward is None else reward.name} with reward_weight {weight:g}; "
+            "set both, or neither"
+        )

@@ -1,4 +1,4 @@
-"""Processes, parametrisations, noise, timestep laws and samplers."""
+"""Processes, parametrisations, noise, timestep laws, samplers and exactly known data."""
 
 from fastdistill.diffusion.feynman_kac import (
     Particles,
@@ -7,7 +7,9 @@ from fastdistill.diffusion.feynman_kac import (
     gaussian_target,
     systematic_resampling,
 )
+from fastdistill.diffusion.mixture import Drawn, GaussianMixture
 from fastdistill.diffusion.noise import Noise
+from fastdistill.diffusion.ode import integrate
 from fastdistill.diffusion.parametrisation import (
     X0,
     EDMPreconditioning,
@@ -26,6 +28,13 @@ from fastdistill.diffusion.samplers import (
     karras_sigmas,
     starting_point,
 )
+from fastdistill.diffusion.timestep_pairs import (
+    EasyPairs,
+    ImprovedPairs,
+    PairLaw,
+    Reach,
+    reach_of,
+)
 from fastdistill.diffusion.timesteps import (
     FixedList,
     KarrasIndex,
@@ -40,17 +49,23 @@ __all__ = [
     "VP",
     "X0",
     "AlphaSigma",
+    "Drawn",
     "EDMPreconditioning",
+    "EasyPairs",
     "Epsilon",
     "FixedList",
     "Flow",
+    "GaussianMixture",
+    "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
     "LogitNormal",
     "Noise",
+    "PairLaw",
     "Parametrisation",
     "Particles",
     "Process",
+    "Reach",
     "RectifiedFlow",
     "Target",
     "TimestepLaw",
@@ -62,8 +77,10 @@ __all__ = [
     "feynman_kac",
     "gaussian_target",
     "heun",
+    "integrate",
     "karras_sigmas",
     "loss_weight",
+    "reach_of",
     "starting_point",
     "systematic_resampling",
 ]

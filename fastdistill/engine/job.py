@@ -6,6 +6,7 @@ timings.jsonl      images a second and memory, which no two runs share
 tensorboard/       the same as events
 checkpoints/       the newest few of each stage
 teacher/ student/  saved denoisers; warmup/ and pairs/ where there is a warm-up
+nodes/             the path that objective backtracking goes back
 samples/           grids during training
 summary.json grid.png report.html    the result
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,14 @@ from fastdistill.config import (
     dump_recipe,
     load_recipe,
 )
-from fastdistill.data import Data, digits
+from fastdistill.data import Data
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
 from fastdistill.engine.devices import choose_device
-from fastdistill.engine.drawing import save_grid
 from fastdistill.engine.folder import write_text
-from fastdistill.engine.inputs import open_data
+from fastdistill.engine.inputs import open_data, own_data
 from fastdistill.engine.judge import Judge
 from fastdistill.engine.log import RunLog
+from fastdistill.engine.nodes import NodeFolder
 from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
 from fastdistill.engine.roles import (
@@ -51,14 +53,22 @@ from fastdistill.engine.saved import (
     DenoiserDescription,
     SavedDenoiser,
     load_denoiser,
+    load_weights,
     save_denoiser,
 )
 from fastdistill.engine.trainer import Trainer, memory_in_use
 from fastdistill.models import Denoiser
-from fastdistill.objectives import Denoising, KnowledgeDistillation, Objective
+from fastdistill.objectives import (
+    BacktrackingMethod,
+    Degradation,
+    Denoising,
+    KnowledgeDistillation,
+    Objective,
+)
+from fastdistill.optim.transfer import checksums
 from fastdistill.parallel import Parallel, Ranks
 
-STAGES = ("teacher", "warmup", "distill")
+STAGES = ("teacher", "warmup", "degradation", "distill")
 
 
 def _silent(line: str) -> None:
@@ -91,15 +101,18 @@ class Job:
         torch.set_num_threads(recipe.threads)
         self._check_batches()
         self._loaded: SavedDenoiser | None = None
-        if recipe.model.name == "digits":
-            images = digits().to(self.device)
-            self.data: Data = images
-            self.description = DenoiserDescription.of(recipe, images.shape, images.classes)
+        self._teacher_sum: int | None = None
+        if recipe.model.name != "pretrained":
+            own = own_data(recipe, self.device)
+            self.data: Data = own
+            self.description = DenoiserDescription.of(recipe, own.shape, own.classes)
         if recipe.teacher.training is None:
             self._loaded = load_teacher(recipe, self.device)
             self.description = self._loaded.description
-        if self._loaded is not None and recipe.model.name != "digits":
+        if self._loaded is not None and recipe.model.name == "pretrained":
             self.data = open_data(recipe, self._loaded, self.device)
+        for augmentation in recipe.augmentations.values():
+            augmentation.check_shape(self.description.shape)
         self.judge = Judge(recipe, self.data, self.description, self.device)
 
     @classmethod
@@ -176,12 +189,13 @@ class Job:
                 log.restart(0)
             if self.recipe.teacher.training is not None:
                 self._train_teacher(newest, log)
-            return self._distill(self._warm_up(newest, log), newest, log)
+            start = self._warm_up(newest, log)
+            return self._distill(start, self._degrade(start, newest, log), newest, log)
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers of the run's teacher and saved student, under plain names."""
         student = load_denoiser(self.folder / "student", self.device).denoiser
-        return self.judge.compare(self._take_teacher(), student)[0]
+        return self.judge.compare(make_frozen(self.recipe, self._take_teacher()), student)[0]
 
     def _train_teacher(self, newest: Checkpoint | None, log: RunLog | None) -> None:
         """The stage of a teacher that is not given."""
@@ -190,7 +204,12 @@ class Job:
             return
         assert settings.training is not None
         denoiser = self.description.build(self.recipe.seed).to(self.device)
-        objective = Denoising(denoiser, settings.law, condition_dropout=settings.condition_dropout)
+        objective = Denoising(
+            denoiser,
+            settings.law,
+            condition_dropout=settings.condition_dropout,
+            augmentation=settings.augmentation,
+        )
         trainer = self._trainer("teacher", objective, settings.training, log)
         self._fit(trainer, newest, log)
         self._save_averaged(trainer, self.folder / "teacher", self.description)
@@ -201,7 +220,7 @@ class Job:
         if settings is None:
             return Path(recipe.start) if recipe.start else None
         folder = self.folder / "warmup"
-        if newest is None or newest.stage != "distill":
+        if _is_at_most(newest, "warmup"):
             teacher = self._take_teacher()
             frozen = make_frozen(recipe, teacher)
             student = make_student(recipe, teacher, frozen)
@@ -222,12 +241,51 @@ class Job:
             self._save_averaged(trainer, folder, self._student_description())
         return folder
 
-    def _distill(
+    def _degrade(
         self, start: Path | None, newest: Checkpoint | None, log: RunLog | None
+    ) -> NodeFolder | None:
+        """The path from the teacher to the initial student, where the objective goes it back."""
+        recipe, settings = self.recipe, self.recipe.degradation
+        method = recipe.objective
+        if settings is None or not isinstance(method, BacktrackingMethod):
+            return None
+        nodes = NodeFolder(self.folder / "nodes", settings.nodes, settings.rank)
+        if not _is_at_most(newest, "degradation"):
+            return nodes
+        teacher = self._take_teacher()
+        generator = make_frozen(recipe, teacher)
+        if start is not None:
+            load_weights(start, generator)
+        if self.ranks.is_first:
+            nodes.save(0, teacher.network.state_dict(), self.say)
+        law = method.critic_law
+        copy = teacher.requires_grad_(True).train()
+        objective = Degradation(copy, generator, method.student_times, law)
+        self._prepare(generator, copy)
+        apart = settings.training.steps // settings.nodes
+        training = settings.training.model_copy(update={"sample_every": apart})
+
+        def keep(trainer: Trainer) -> None:
+            weights = trainer.weights()
+            if self.ranks.is_first:
+                named = {name.removeprefix("network."): value for name, value in weights.items()}
+                nodes.save(trainer.step // apart, named, self.say)
+
+        trainer = self._trainer("degradation", objective, training, log, on_sample=keep)
+        self._fit(trainer, newest if newest and newest.stage == "degradation" else None, log)
+        self.ranks.barrier()
+        return nodes
+
+    def _distill(
+        self,
+        start: Path | None,
+        path: NodeFolder | None,
+        newest: Checkpoint | None,
+        log: RunLog | None,
     ) -> dict[str, Any] | None:
         """The stage of the distillation, and what it made."""
         recipe = self.recipe
-        networks = RunNetworks(recipe, self._take_teacher(), start)
+        networks = RunNetworks(recipe, self._take_teacher(), start, path)
         objective = recipe.objective.build(networks).to(self.device)
         self._prepare(networks.teacher, objective.student)
         trainer = self._trainer("distill", objective, recipe.training, log)
@@ -240,7 +298,7 @@ class Job:
             )
         if not self.ranks.is_first:
             return None
-        save_grid(self.folder / "grid.png", columns, self.judge.pictures)
+        self.judge.scores.draw(self.folder / "grid.png", columns)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.folder, recipe, summary)
         return summary
@@ -249,6 +307,7 @@ class Job:
         """Make sure that all ranks hold the same teacher, and shard it where the recipe says so."""
         parallel = self._parallel(student)
         parallel.check_alike(teacher)
+        self._teacher_sum = zlib.crc32(json.dumps(checksums(teacher)).encode())
         if self.recipe.parallel.teacher == "sharded" and parallel.mode != "single":
             parallel.shard(teacher)
 
@@ -275,6 +334,8 @@ class Job:
     ) -> None:
         """Save the trained network with averaged weights, whole."""
         weights = trainer.averaged_weights()
+        two_times = trainer.objective.student.two_times
+        description = description.model_copy(update={"two_times": two_times})
         if self.ranks.is_first:
             named = {name.removeprefix("network."): value for name, value in weights.items()}
             save_denoiser(folder, named, description)
@@ -296,6 +357,7 @@ class Job:
         settings: TrainingSettings,
         log: RunLog | None,
         data: Data | None = None,
+        on_sample: Callable[[Trainer], None] | None = None,
     ) -> Trainer:
         if self.recipe.parallel.checkpoint_blocks:
             checkpoint_blocks(objective)
@@ -310,17 +372,27 @@ class Job:
             checkpoints=self._store(settings.keep_checkpoints),
             stage=stage,
             on_log=None if log is None else lambda row: log.write(row, memory_in_use(self.device)),
-            on_sample=lambda trainer: self._judge(trainer, log),
-            before_checkpoint=None if log is None else log.commit,
+            on_sample=on_sample or (lambda trainer: self._judge(trainer, log)),
+            before_checkpoint=None if log is None else lambda: self._attach(log),
         )
 
     def _fit(self, trainer: Trainer, checkpoint: Checkpoint | None, log: RunLog | None) -> None:
         if checkpoint is not None:
             attached = trainer.resume(checkpoint)
+            if attached["teacher"] != self._teacher_sum:
+                place = self.recipe.teacher.path or self.folder / "teacher"
+                raise RecipeError(
+                    f"teacher {place} has other weights than when {checkpoint.path} was written; "
+                    "put the old ones back, or begin a new run"
+                )
             if log is not None:
                 log.restart(attached["metrics_bytes"], trainer.step)
             self.say(f"resuming stage {trainer.stage} at step {trainer.step}")
         trainer.fit()
+
+    def _attach(self, log: RunLog) -> dict[str, Any]:
+        """What a checkpoint keeps besides the trainer's own."""
+        return log.commit() | {"teacher": self._teacher_sum}
 
     def _judge(self, trainer: Trainer, log: RunLog | None) -> None:
         """Evaluate the averaged student during the distillation, and draw a few of its samples."""
@@ -329,11 +401,11 @@ class Job:
             samples = self.judge.student_samples(student, count)
         if log is None:
             return
-        scores = self.judge.scores(samples)
+        scores = self.judge.scores.of(samples)
         if scores:
             log.write_scores(trainer.stage, trainer.step, scores)
         path = self.folder / "samples" / f"{trainer.stage}-{trainer.step:09d}.png"
-        save_grid(path, {f"step {trainer.step}": samples[:100]}, self.judge.pictures)
+        self.judge.scores.draw(path, {f"step {trainer.step}": samples})
 
     def _check_batches(self) -> None:
         """Make sure that the ranks can share every stage's batches, before anything is loaded."""
@@ -341,6 +413,7 @@ class Job:
         stages = {
             "teacher.training": recipe.teacher.training,
             "warmup.training": recipe.warmup.training if recipe.warmup else None,
+            "degradation.training": recipe.degradation.training if recipe.degradation else None,
             "training": recipe.training,
         }
         for key, stage in stages.items():
@@ -364,6 +437,11 @@ class Job:
                     error.errno, f"another process is running in {self.folder}"
                 ) from None
             yield
+
+
+def _is_at_most(newest: Checkpoint | None, stage: str) -> bool:
+    """Whether a run whose newest checkpoint this is has still to do a stage, or to finish it."""
+    return newest is None or STAGES.index(newest.stage) <= STAGES.index(stage)
 
 
 def start_ranks(recipe: Recipe) -> Ranks:

@@ -7,30 +7,58 @@ effective sample size of the weights h, and the student's Frechet distance and V
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdistill.config import Recipe, dump_recipe
+from fastdistill.engine.figures import embed, embed_figure, new_figure, render, scale, series
 from fastdistill.engine.log import METRICS, TIMINGS
 from fastdistill.engine.metrics import read_rows
 
-_COMPARED = {
+COMPARED = {
     "frechet_pixel": "Fréchet distance, pixels",
     "frechet_features": "Fréchet distance, classifier features",
+    "kernel_distance": "kernel distance (KID), classifier features",
     "precision": "precision",
     "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "eps_mmd": "EPS-MMD, by the teacher",
     "vendi": "Vendi score",
     "class_share_min": "smallest share of a class",
     "class_share_max": "largest share of a class",
-    "seconds_per_thousand": "seconds per 1,000 images",
+    "reverse_kl": "KL(samples ‖ truth)",
+    "forward_kl": "KL(truth ‖ samples)",
+    "jensen_shannon": "Jensen-Shannon divergence",
+    "fitted_reverse_kl": "KL(samples ‖ truth), Gaussian fits of the modes",
+    "fitted_forward_kl": "KL(truth ‖ samples), Gaussian fits of the modes",
+    "sliced_wasserstein": "sliced Wasserstein distance",
+    "modes_covered": "modes covered",
+    "mode_weight_min": "smallest weight of a mode over the true one",
+    "mode_weight_max": "largest weight of a mode over the true one",
+    "outliers": "share of outliers",
+    "seconds_per_thousand": "seconds per 1,000 samples",
 }
+"""Metrics of a summary that teacher and student both have, and what they are called."""
+_OF_MIXTURES = (
+    "reverse_kl",
+    "forward_kl",
+    "jensen_shannon",
+    "fitted_reverse_kl",
+    "fitted_forward_kl",
+    "sliced_wasserstein",
+    "modes_covered",
+    "mode_weight_min",
+    "mode_weight_max",
+    "outliers",
+)
 REAL = {
     "frechet_pixel": "frechet_pixel_real_halves",
     "frechet_features": "frechet_features_real_halves",
+    "eps_mmd": "eps_mmd_real_halves",
     "vendi": "vendi_real",
+    **{name: f"{name}_real" for name in _OF_MIXTURES},
 }
 """What real data score in a metric, by the metric's name."""
 
@@ -38,9 +66,9 @@ REAL = {
 def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (metric, teacher, student, real data) of what was measured, as text."""
     rows: list[tuple[str, ...]] = []
-    for name, label in _COMPARED.items():
+    for name, label in COMPARED.items():
         if f"{name}_student" not in summary:
-            continue  # only digits have scores
+            continue  # of other kinds of data
         real = summary[REAL[name]] if name in REAL else None
         values = (summary[f"{name}_teacher"], summary[f"{name}_student"], real)
         rows.append((label, *("" if value is None else f"{value:.4g}" for value in values)))
@@ -49,24 +77,20 @@ def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def write_report(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> Path:
     """Write ``report.html`` from what the run's folder holds; it needs no other file."""
-    import jinja2
-
     rows = read_rows(folder / METRICS)
     training = [row for row in rows if "student/loss" in row]
     distill = [row for row in training if row["stage"] == "distill"]
-    scores = [row for row in rows if "evaluation/vendi" in row]
+    scores = [row for row in rows if any(name.startswith("evaluation/") for name in row)]
     timings = [row for row in read_rows(folder / TIMINGS) if row["stage"] == "distill"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         recipe=recipe,
         summary=summary,
         comparison=comparison(summary),
-        grid=_embed((folder / "grid.png").read_bytes()),
+        grid=embed((folder / "grid.png").read_bytes()),
         figures=_figures(training, distill, scores, timings),
         samples=[
-            (path.stem, _embed(path.read_bytes()))
+            (path.stem, embed(path.read_bytes()))
             for path in sorted((folder / "samples").glob("*.png"))
         ],
         yaml=dump_recipe(recipe),
@@ -93,6 +117,12 @@ def _figures(
             ["student/loss"],
         ),
         _curves(
+            "Degradation",
+            "Denoising loss of a copy of the teacher on samples of the initial student.",
+            [row for row in training if row["stage"] == "degradation"],
+            ["student/loss"],
+        ),
+        _curves(
             "Student's distance to the data",
             "Fréchet distance of samples of the averaged student; the dotted line is the distance "
             "between two halves of the real data.",
@@ -109,6 +139,18 @@ def _figures(
             scores,
             ["evaluation/vendi"],
             references=["evaluation/vendi_real"],
+        ),
+        _curves(
+            "Divergence from the truth",
+            "Of samples of the averaged student; fresh samples of the truth score 0 on average.",
+            scores,
+            [
+                "evaluation/reverse_kl",
+                "evaluation/forward_kl",
+                "evaluation/jensen_shannon",
+                "evaluation/fitted_reverse_kl",
+                "evaluation/fitted_forward_kl",
+            ],
         ),
         _levels(
             "Score gap by noise level",
@@ -159,21 +201,15 @@ def _curves(
     present = [name for name in names if any(name in row for row in rows)]
     if not present:
         return None
-    figure, axis = _figure()
+    figure, axis = new_figure()
     for k, name in enumerate(present):
-        points = _points(rows, name)
-        axis.plot(*points, color=f"C{k}", label=name.removeprefix("evaluation/"))
+        axis.plot(*series(rows, name), color=f"C{k}", label=name.removeprefix("evaluation/"))
         if references:
-            axis.plot(*_points(rows, references[names.index(name)]), color=f"C{k}", ls=":")
-    _scale(axis, [value for name in present for value in _points(rows, name)[1]])
+            axis.plot(*series(rows, references[names.index(name)]), color=f"C{k}", ls=":")
+    scale(axis, [value for name in present for value in series(rows, name)[1]])
     axis.set_xlabel("step")
     axis.legend(fontsize=7, frameon=False)
-    return title, text, _embed_figure(figure)
-
-
-def _points(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    chosen = [row for row in rows if row.get(name) is not None]
-    return [row["step"] for row in chosen], [row[name] for row in chosen]
+    return title, text, embed_figure(figure)
 
 
 def _levels(
@@ -185,7 +221,7 @@ def _levels(
         return None
     import matplotlib
 
-    figure, axis = _figure()
+    figure, axis = new_figure()
     bins = len(chosen[0][name])
     colours = matplotlib.colormaps["viridis"]
     seen = []
@@ -194,32 +230,7 @@ def _levels(
         if points:
             seen += [value for _, value in points]
             axis.plot(*zip(*points, strict=True), color=colours(k / bins), lw=1, label=str(k))
-    _scale(axis, seen)
+    scale(axis, seen)
     axis.set_xlabel("step")
     axis.legend(fontsize=6, frameon=False, title="log-SNR bin", title_fontsize=6, ncols=2)
-    return title, text, _embed_figure(figure)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-    axis = figure.subplots()
-    axis.grid(alpha=0.25)
-    return figure, axis
-
-
-def _scale(axis: Any, values: list[float]) -> None:
-    """A logarithmic axis for positive values over more than a decade."""
-    if values and min(values) > 0 and max(values) > 10 * min(values):
-        axis.set_yscale("log")
-
-
-def _embed_figure(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return _embed(buffer.getvalue(), "svg+xml")
-
-
-def _embed(picture: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+    return title, text, embed_figure(figure)

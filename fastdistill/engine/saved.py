@@ -10,7 +10,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastdistill.choices import DigitsModel, ParametrisationChoice, ProcessChoice, Settings
+from fastdistill.choices import (
+    DigitsModel,
+    MLPModel,
+    ParametrisationChoice,
+    ProcessChoice,
+    Settings,
+)
 from fastdistill.config import Recipe
 from fastdistill.diffusion import EDM, EDMPreconditioning
 from fastdistill.engine.folder import MANIFEST, check_folder, commit_folder, read_document
@@ -33,16 +39,26 @@ class DiffusersModel(Settings):
     """The teacher's folder or its name on the Hub: where its VAE and text encoders are."""
 
 
+def own_network(
+    model: DigitsModel | MLPModel, shape: tuple[int, ...], classes: int
+) -> DigitsNetwork:
+    """The network of a model section that is trained in the run itself, with fresh weights."""
+    omega = isinstance(model, DigitsModel) and model.omega
+    return DigitsNetwork(shape, classes, model.width, model.blocks, omega=omega)
+
+
 class DenoiserDescription(Settings):
     """What is needed to rebuild a denoiser before its weights are loaded."""
 
-    model: Annotated[DigitsModel | DiffusersModel, Field(discriminator="name")]
+    model: Annotated[DigitsModel | MLPModel | DiffusersModel, Field(discriminator="name")]
     shape: tuple[int, ...]
     classes: int
     process: ProcessChoice
     parametrisation: ParametrisationChoice
     times: tuple[float, ...] | None = None
     """A student's times from the noisiest on; None for a denoiser that is sampled by an ODE."""
+    two_times: bool = False
+    """Whether the network is told a second time, as mean_flow's student is."""
 
     @classmethod
     def of(cls, recipe: Recipe, shape: tuple[int, ...], classes: int) -> DenoiserDescription:
@@ -51,7 +67,7 @@ class DenoiserDescription(Settings):
         Raises:
             ValueError: for a recipe whose networks are what its teacher is.
         """
-        if not isinstance(recipe.model, DigitsModel):
+        if not isinstance(recipe.model, DigitsModel | MLPModel):
             raise ValueError(f"model {recipe.model.name} takes its description from its teacher")
         return cls(
             model=recipe.model,
@@ -65,12 +81,15 @@ class DenoiserDescription(Settings):
         """A denoiser with fresh weights, which depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Denoiser(self._network(), self.process, self.parametrisation)
+            denoiser = Denoiser(self._network(), self.process, self.parametrisation)
+        if self.two_times:
+            denoiser.add_second_time()
+        return denoiser
 
     def _network(self) -> Any:
         model = self.model
-        if isinstance(model, DigitsModel):
-            return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
+        if isinstance(model, DigitsModel | MLPModel):
+            return own_network(model, self.shape, self.classes)
         from fastdistill.models.pretrained import build_network
 
         network = build_network(model.config, sample_size=(self.shape[1], self.shape[2]))
@@ -127,7 +146,7 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Sav
 
 
 def load_weights(folder: Path, denoiser: Denoiser) -> None:
-    """Fill a denoiser with the weights of a saved one of its kind.
+    """Fill a denoiser with the weights of a saved one of its kind, which may have a second time.
 
     Of a network with LoRA weights these alone are read: the base is what it is.
 
@@ -136,6 +155,8 @@ def load_weights(folder: Path, denoiser: Denoiser) -> None:
         ValueError: for weights of another network.
     """
     check_folder(folder)
+    if read_document(folder, "config").get("two_times"):
+        denoiser.add_second_time()
     rebuilt: frozenset[str] = getattr(denoiser.network, "rebuilt", frozenset())
     tensors = read_tensors(folder, "model")
     weights = {name: value for name, value in tensors.items() if name not in rebuilt}

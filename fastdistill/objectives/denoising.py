@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Parametrisation, TimestepLaw, loss_weight
-from fastdistill.models import Denoiser, Level
+from fastdistill.models import Condition, Denoiser, Level
+from fastdistill.objectives.augmentation import AugmentationSettings, draw_transformation
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.ops import denoising_cotangent, log_snr_bin, renoise
 
@@ -27,7 +29,13 @@ def noised_for(
 ) -> Noised:
     """Clean samples [B, ...] at times of a law, with the noise of the stream."""
     t = law.sample(denoiser.process, batch.noise, f"{stream}-t", batch.index)
-    level = denoiser.level(t)
+    return noised_at(denoiser, denoiser.level(t), batch, sample, stream)
+
+
+def noised_at(
+    denoiser: Denoiser, level: Level, batch: Batch, sample: Tensor, stream: str
+) -> Noised:
+    """Clean samples [B, ...] at a noise level, with the noise of the stream."""
     x_t, model_input = renoise(
         sample,
         level.alpha,
@@ -63,17 +71,56 @@ def denoising_update(
     law: TimestepLaw,
     loss_space: Parametrisation,
     stream: str,
+    augmentation: AugmentationSettings | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Level]:
     """One weighted denoising loss of ``denoiser`` on clean samples [B, ...].
+
+    Args:
+        denoiser: the network that is trained.
+        batch: what is drawn from, and the conditions.
+        sample: clean samples.
+        law: law of the times.
+        loss_space: space of the squared error.
+        stream: name of the streams.
+        augmentation: ScoreAug's transformations of x_t and of the sample that is asked for.
 
     Returns:
         The (raw output, cotangent) pair, the loss of each sample [B], and the noise level.
     """
     noised = noised_for(denoiser, batch, sample, law, stream)
-    level = noised.level
-    raw = denoiser.network(noised.model_input, level.noise_condition, batch.condition)
+    level, told = noised.level, {}
+    if augmentation is not None:
+        drawn = draw_transformation(
+            augmentation, batch.noise, f"{stream}-augmentation", batch.index, batch.shape
+        )
+        sample, noised = drawn(sample), Noised(level, drawn(noised.x_t), drawn(noised.model_input))
+        told = {"omega": drawn.omega} if augmentation.conditioned else {}
+    raw = denoiser.network(noised.model_input, level.noise_condition, batch.condition, **told)
     pair, loss = denoising_pair(raw, sample, noised.x_t, level, loss_space, batch.scale)
     return pair, loss, level
+
+
+def drop_conditions(batch: Batch, rate: float, stream: str) -> Condition:
+    """The condition of a batch with the null one in its place for a share of the samples.
+
+    Raises:
+        ValueError: where condition and null condition differ in structure.
+    """
+    dropped = batch.noise.uniform(stream, batch.index) < rate
+
+    def choose(null: Tensor | None, given: Tensor | None) -> Tensor | None:
+        if null is None or given is None:
+            return given
+        return torch.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), null, given)
+
+    leaves, spec = pytree.tree_flatten(batch.condition)
+    nulls, null_spec = pytree.tree_flatten(batch.uncondition)
+    if spec != null_spec or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"conditions are to be dropped, but they are {spec} and the null ones {null_spec}; "
+            "give data with conditions and a null condition of the same structure"
+        )
+    return pytree.tree_unflatten(list(map(choose, nulls, leaves)), spec)
 
 
 class Denoising(Objective):
@@ -84,6 +131,10 @@ class Denoising(Objective):
         law: law of the training times.
         loss_space: space of the squared error; the network's own makes its target unit-weighted.
         condition_dropout: share of the samples that see the null condition, for guidance.
+        augmentation: ScoreAug's transformations, for few data.
+
+    Raises:
+        ValueError: for an augmentation that the network cannot be trained with.
     """
 
     def __init__(
@@ -92,8 +143,12 @@ class Denoising(Objective):
         law: TimestepLaw,
         loss_space: Parametrisation | None = None,
         condition_dropout: float = 0.0,
+        augmentation: AugmentationSettings | None = None,
     ) -> None:
         super().__init__()
+        if augmentation is not None:
+            augmentation.check(student.network, "student")
+        self.augmentation = augmentation
         self.student = student
         self.law = law
         self.loss_space = loss_space or student.parametrisation
@@ -105,12 +160,11 @@ class Denoising(Objective):
 
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         if self.condition_dropout > 0:
-            dropped = batch.noise.uniform("condition-dropout", batch.index) < self.condition_dropout
-            batch = dataclasses.replace(
-                batch, condition=torch.where(dropped, batch.uncondition, batch.condition)
-            )
+            condition = drop_conditions(batch, self.condition_dropout, "condition-dropout")
+            batch = dataclasses.replace(batch, condition=condition)
         pair, loss, level = denoising_update(
-            self.student, batch, sample, self.law, self.loss_space, "denoising"
+            *(self.student, batch, sample, self.law, self.loss_space, "denoising"),
+            self.augmentation,
         )
         bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
         return Update([pair], {"loss": loss}, bins, ("loss",))
