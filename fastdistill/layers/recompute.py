@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdistill.layers.accelerate import is_changed
+from fastdistill.layers.saving import cheap, layers_of
 from fastdistill.ops.glu import _geglu, _geglu_backward
 from fastdistill.ops.group_norm import (
     _group_norm_silu,
@@ -176,14 +177,14 @@ class _Convolution(torch.autograd.Function):
 def linears_behind(source: Source, inputs: Inputs, layers: Sequence[Any]) -> list[Tensor]:
     """Outputs of ``layers`` for the value of ``source``, which is not kept where all are plain.
 
-    Layers that are not plain (a LoRA's, hooked, in autocast) are called on the value, and keep it
-    as they always do.
+    Layers that are not plain (a LoRA's, hooked) are called on the value, and keep the inputs of
+    ``source`` in its place: it is made again in a pass of its own. In autocast they keep their
+    copy of it.
     """
     if _fuses(inputs[0], layers, nn.Linear):
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
         return list(_Linears.apply(source, len(layers), *inputs, *weights, *biases))
-    value = value_of(source, inputs)
-    return [layer(value) for layer in layers]
+    return layers_of(_made_again(source, inputs), *layers)
 
 
 def convolution_behind(source: Source, inputs: Inputs, layer: Any) -> Tensor:
@@ -192,12 +193,17 @@ def convolution_behind(source: Source, inputs: Inputs, layer: Any) -> Tensor:
         options = (layer.stride, layer.padding, layer.dilation, layer.groups)
         if not isinstance(layer.padding, str):
             return _Convolution.apply(source, options, *inputs, layer.weight, layer.bias)
-    return layer(value_of(source, inputs))
+    return layers_of(_made_again(source, inputs), layer)[0]
 
 
 def value_of(source: Source, inputs: Inputs) -> Tensor:
     """The value of ``source``, differentiable and kept by whoever needs it."""
     return source.forward(inputs)[0]
+
+
+def _made_again(source: Source, inputs: Inputs) -> Tensor:
+    """The value of ``source``, whose inputs layers save in its place."""
+    return cheap(value_of(source, inputs), lambda *inputs: source.forward(inputs)[0], *inputs)
 
 
 def _fuses(x: Tensor, layers: Sequence[Any], kind: type[nn.Module]) -> bool:

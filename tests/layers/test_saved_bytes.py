@@ -77,3 +77,19 @@ def test_the_whole_sdxl_at_1024_pixels():
     before, after = (size / 2**30 for size in before_and_after(model, call))
     assert before == pytest.approx(6.42, abs=0.01)
     assert after == pytest.approx(3.74, abs=0.01)
+
+
+def test_layers_with_lora_save_no_norm_and_no_gate_either():
+    """The 17 pieces again, and the ranks' own: 16 wide beside 640 and 2560."""
+    peft = pytest.importorskip("peft")
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "proj", "net.2"]
+    with torch.device("meta"):
+        block = BasicTransformerBlock(640, 10, 64, cross_attention_dim=2048).requires_grad_(False)
+        config = peft.LoraConfig(r=16, target_modules=layers)
+        block = peft.inject_adapter_in_model(config, block)
+    block = block.bfloat16()
+    x, text = meta(1, 4096, 640).requires_grad_(), meta(1, 77, 2048)
+    before, after = before_and_after(block, lambda: block(x, encoder_hidden_states=text))
+    piece = 4096 * 640 * 2
+    assert before == pytest.approx(28.4 * piece, rel=0.01)
+    assert after == pytest.approx(17.2 * piece, rel=0.01)
