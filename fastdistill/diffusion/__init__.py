@@ -13,6 +13,8 @@ from fastdistill.diffusion.parametrisation import (
 )
 from fastdistill.diffusion.process import EDM, VP, AlphaSigma, Process, RectifiedFlow
 from fastdistill.diffusion.samplers import (
+    Start,
+    Teleport,
     deterministic,
     few_step,
     heun,
@@ -44,6 +46,8 @@ __all__ = [
     "Parametrisation",
     "Process",
     "RectifiedFlow",
+    "Start",
+    "Teleport",
     "TimestepLaw",
     "Uniform",
     "V",

@@ -1,0 +1,17 @@
+"""The Gaussian in a diffusion model: fit, diagnosis, teleport, a stand-in for the teacher."""
+
+from fastdistill.gaussian.files import load_gaussian, save_gaussian
+from fastdistill.gaussian.fit import Fitter, cluster_centres, fit_gaussian
+from fastdistill.gaussian.model import Fit, Gaussian, GaussianMixture, LabelledGaussian
+
+__all__ = [
+    "Fit",
+    "Fitter",
+    "Gaussian",
+    "GaussianMixture",
+    "LabelledGaussian",
+    "cluster_centres",
+    "fit_gaussian",
+    "load_gaussian",
+    "save_gaussian",
+]
