@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/fastdistill train digits
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench

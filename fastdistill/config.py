@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import (
@@ -33,7 +33,7 @@ from fastdistill.choices import (
     nearest,
 )
 from fastdistill.diffusion import timesteps
-from fastdistill.objectives import check_sharing, get_divergence
+from fastdistill.objectives import METHODS, Method
 from fastdistill.optim.schedule import Schedule
 
 
@@ -204,56 +204,10 @@ def _check_trains_one(training: TrainingSettings | None, whose: str) -> None:
             raise ValueError(f"training.{name} is set, but {whose} training has no use for it")
 
 
-class ObjectiveSettings(Settings):
-    """The distillation method."""
-
-    name: Literal["distribution_matching"] = "distribution_matching"
-    """distribution_matching: Diff-Instruct, DMD2 and f-distill."""
-    divergence: str = "reverse_kl"
-    """Any name of the f-table, as reverse_kl, jensen_shannon, forward_kl, squared_hellinger."""
-    normalise: bool = True
-    """Divide the score gap by DMD's mean |x - D_teacher|; false gives Diff-Instruct."""
-    student_times: tuple[float, ...] = Field(min_length=1)
-    """The student's times from the noisiest on, in the process' clock; one for one step."""
-    matching_law: LawChoice
-    """Law of the times at which scores are compared."""
-    critic_law: LawChoice
-    """Law of the critic's training times."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance of the teacher."""
-    gan_weight: float = Field(default=0.0, ge=0)
-    """Weight of the GAN term in the student's loss (mean-reduction convention)."""
-    gan_features: Literal["teacher", "critic"] = "teacher"
-    """Whose features the discriminator reads."""
-    gan_critic_weight: PositiveFloat = 1.0
-    """Weight of the discriminator's loss beside the critic's."""
-    ratio_decay: float = Field(default=0.9, ge=0, le=1)
-    """Decay, a student update, of the density ratio's history in each noise-level bin."""
-    ratio_prior: float = Field(default=1.0, ge=0)
-    """Pseudo-samples of ratio one in each bin."""
-    logit_clamp: PositiveFloat = 10.0
-    """Bound of the discriminator's logit in the density ratio."""
-    ratio_min: float = Field(default=0.1, ge=0)
-    """Lower bound of the density ratio before it is calibrated."""
-    ratio_max: PositiveFloat = 20.0
-    """Upper bound of the density ratio before it is calibrated."""
-    share_critic_forward: bool = False
-    """Let the critic's forward in the student's update serve one of its own updates, which then is
-    at matching_law's times."""
-    share_feature_forward: bool = False
-    """Let the pass of the critic's loss yield the discriminator's features of generated samples,
-    which then is trained at critic_law's times."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> ObjectiveSettings:
-        get_divergence(self.divergence)
-        check_sharing(self)
-        return self
-
-    @property
-    def needs_discriminator(self) -> bool:
-        """Whether the method reads a discriminator."""
-        return self.gan_weight > 0 or get_divergence(self.divergence).needs_ratio
+if TYPE_CHECKING:
+    ObjectiveChoice = Method
+else:
+    ObjectiveChoice = Annotated[Union[METHODS], Field(discriminator="name")]  # noqa: UP007
 
 
 class EvaluationSettings(Settings):
@@ -288,7 +242,7 @@ class Recipe(Settings):
     """What the networks predict; of a pretrained teacher it is read, and checked where given."""
     teacher: TeacherSettings
     """The teacher."""
-    objective: ObjectiveSettings
+    objective: ObjectiveChoice
     """The distillation method."""
     warmup: WarmupSettings | None = None
     """Regression before the distillation; null goes without."""
@@ -303,14 +257,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _optimizers_fit(self) -> Recipe:
-        if self.training.critic is None:
-            raise ValueError("training.critic is missing: distribution_matching trains a critic")
-        needed = self.objective.needs_discriminator
-        if needed and self.training.discriminator is None:
-            raise ValueError(
-                f"training.discriminator is missing: divergence {self.objective.divergence} with "
-                f"gan_weight {self.objective.gan_weight} trains a discriminator"
-            )
+        for role in self.objective.trains:
+            if getattr(self.training, role) is None:
+                raise ValueError(
+                    f"training.{role} is missing: objective {self.objective.name} trains a {role}"
+                )
         trains = self.teacher.training is not None
         for name, scale in (
             ("objective", self.objective.guidance_scale),
@@ -334,10 +285,11 @@ class Recipe(Settings):
                 raise ValueError(f"model digits is for the digits, but data is {self.data.name}")
             if self.teacher.path is None and self.teacher.training is None:
                 raise ValueError("teacher needs either path or training")
-        if self.data.name == "labels" and self.objective.needs_discriminator:
+        if self.data.name == "labels" and self.objective.needs_real:
             raise ValueError(
-                "data labels has no real samples, but a discriminator is trained on some: choose "
-                "data encoded or images, or reverse_kl with gan_weight 0"
+                f"data labels has no real samples, but objective {self.objective.name} learns from "
+                "some: choose data encoded or images, or a data-free method (as reverse_kl with "
+                "gan_weight 0)"
             )
         return self
 
@@ -394,9 +346,13 @@ def _override(document: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
-    if key in _FOLDERS and isinstance(value, str) and isinstance(document.get(key), dict):
-        document[key] |= {"path": value} | _FOLDERS[key]
-        return
+    if isinstance(value, str) and isinstance(document.get(key), dict):
+        if key in _FOLDERS:
+            document[key] |= {"path": value} | _FOLDERS[key]
+            return
+        if key == "objective":
+            document[key] = _other_method(document[key], value)
+            return
     *parents, last = key.split(".")
     for parent in parents:
         if document.get(parent) is None:
@@ -409,6 +365,13 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 _FOLDERS: dict[str, dict[str, Any]] = {"teacher": {"training": None}, "data": {}}
 """Sections that a bare folder may stand for, as teacher=FOLDER, and what else it then sets."""
+
+
+def _other_method(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The section of another method, as objective=NAME asks for: it keeps times, laws, guidance."""
+    known = next((m.model_fields for m in METHODS if _tag(m) == name), {})
+    shared = {"student_times", "guidance_scale", "matching_law", "critic_law"} & set(known)
+    return {"name": name} | {key: value for key, value in section.items() if key in shared}
 
 
 def _explain(fault: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,26 +31,8 @@ from fastdistill.engine.sampling import EVALUATION_STEP
 from fastdistill.engine.trainer import Trainer as Loop
 from fastdistill.engine.trainer import memory_in_use
 from fastdistill.models import Condition, Denoiser
-from fastdistill.objectives import (
-    Discriminator,
-    DistributionMatching,
-    MatchingSettings,
-    Objective,
-    get_divergence,
-)
+from fastdistill.objectives import METHODS, Discriminator, Method, Objective
 from fastdistill.parallel import Parallel, Ranks
-
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "diff-instruct": {"normalise": False},
-    "dmd": {},
-    "dmd2": {"gan_weight": 1e-3, "gan_features": "critic", "gan_critic_weight": 1e-2},
-    "f-distill": {"gan_weight": 1e-3, "divergence": "jensen_shannon"},
-}
-"""Distillation methods by name: what differs from `MatchingSettings`' defaults.
-
-dmd is DMD2 without its GAN, which needs no real samples. Weights of the GAN are those of DMD2's
-SD 1.5 (arXiv 2405.14867).
-"""
 
 STAGE = "distill"
 
@@ -70,7 +51,8 @@ class Trainer:
     Args:
         teacher: a pipeline of diffusers, its folder or its name on the Hub; a pair (model,
             scheduler) of diffusers; or a `Denoiser`.
-        objective: a name of `OBJECTIVES`, or an `Objective` with its own networks.
+        objective: a method of `fastdistill.objectives.METHODS` by its name in recipes, as dmd2, or
+            an `Objective` with its own networks.
         data: a folder of images or one that ``fastdistill encode`` made; samples [n, ...] as the
             denoiser sees them, or a pair (samples, labels); a torch Dataset, or a DataLoader of one
             (see `fastdistill.data.dataset.DatasetData`); or an object that is `Data`.
@@ -91,8 +73,8 @@ class Trainer:
         matching_law: law of the times at which scores are compared.
         critic_law: law of the critic's training times.
         say: called with each line for the screen.
-        options: fields of `MatchingSettings` that differ, as ``guidance_scale=7.5``; ``divergence``
-            is a name.
+        options: keys of the method that differ, as ``guidance_scale=7.5`` or
+            ``divergence="forward_kl"``.
 
     Raises:
         ValueError: for what cannot be taken, and for options that do not fit together.
@@ -130,12 +112,14 @@ class Trainer:
         self.settings = settings or _settings(steps, batch_size, lr)
         if isinstance(objective, Objective):
             _refuse_beside_objective(options, student, critic, matching_law, critic_law)
+            self.method: Method | None = None
             self.objective = objective.to(self.device)
         else:
-            self.objective = self._make_objective(
-                *(objective, student_times, student, critic, matching_law, critic_law, options)
-            )
-        own_times = getattr(self.objective, "student_times", None)
+            chosen = {"student_times": student_times, **options}
+            chosen |= {"matching_law": matching_law, "critic_law": critic_law}
+            self.method = make_method(objective, self.teacher.process, chosen)
+            self.objective = self.method.build(self._networks(student, critic)).to(self.device)
+        own_times = getattr(self.method or self.objective, "student_times", None)
         self.student_times = list(own_times or student_times or default_times(self.teacher.process))
         self.data = as_data(data, self.teacher, self.device, uncondition, self._is_guided)
         self._check_data()
@@ -228,38 +212,14 @@ class Trainer:
         shape = self.data.shape
         return few_step(denoise, student.process, self.student_times, noise, index, shape)
 
-    def _make_objective(
-        self,
-        name: str,
-        student_times: Sequence[float] | None,
-        student: Denoiser | None,
-        critic: Denoiser | None,
-        matching_law: TimestepLaw | None,
-        critic_law: TimestepLaw | None,
-        options: Mapping[str, Any],
-    ) -> DistributionMatching:
-        teacher, frozen = self.teacher, self.teacher
-        matching = _matching_settings(name, options)
+    def _networks(self, student: Denoiser | None, critic: Denoiser | None) -> GivenNetworks:
+        teacher = frozen = self.teacher
         if self.settings.precision == "bfloat16":
             frozen = copy.deepcopy(teacher)
             frozen.network.to(torch.bfloat16)
             frozen.input_dtype = torch.bfloat16
-        discriminator = None
-        if matching.gan_weight > 0 or matching.divergence.needs_ratio:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + 1)
-                discriminator = Discriminator(teacher.network.feature_shapes)
-        law = matching_law or default_law(teacher.process)
-        return DistributionMatching(
-            student or _trainable_copy(teacher),
-            frozen,
-            critic or _trainable_copy(teacher),
-            list(student_times or default_times(teacher.process)),
-            law,
-            critic_law or law,
-            discriminator=discriminator,
-            settings=matching,
-        ).to(self.device)
+        student = student or _trainable_copy(teacher)
+        return GivenNetworks(student, frozen, self.settings, teacher, critic, self.seed)
 
     def _make_loop(self, mode: str | None) -> Loop:
         chosen: Any = mode or Parallel.fitting(self.ranks, self.objective.student)
@@ -292,28 +252,27 @@ class Trainer:
 
     def _check_data(self) -> None:
         """Let the first batch say what the objective would miss in the middle of a step."""
-        first = self.data.batch(self.seed, 0, 1)
-        if getattr(self.objective, "discriminator", None) is not None and first.samples is None:
+        needs_real = getattr(self.objective, "discriminator", None) is not None
+        if self.method is not None:
+            needs_real = self.method.needs_real
+        if needs_real and self.data.batch(self.seed, 0, 1).samples is None:
             raise ValueError(
-                "the data hold conditions alone, but a GAN term or a density ratio learns from "
-                "real samples: give some, or choose objective='dmd', or gan_weight=0"
+                "the data hold conditions alone, but the objective learns from real samples: give "
+                "some, or choose a data-free one, as objective='dmd'"
             )
 
     @property
     def _is_guided(self) -> bool:
-        settings = getattr(self.objective, "settings", None)
-        return isinstance(settings, MatchingSettings) and settings.guidance_scale != 1
+        settings = self.method or getattr(self.objective, "settings", None)
+        return getattr(settings, "guidance_scale", 1) != 1
 
     def _describe(self) -> dict[str, Any]:
         """What was done, for the model card."""
-        described: dict[str, Any] = {"teacher": self.source, "seed": self.seed}
-        settings = getattr(self.objective, "settings", None)
-        if isinstance(settings, MatchingSettings):
-            options = dataclasses.asdict(settings) | {"divergence": settings.divergence.name}
-            described["objective"] = {"name": "distribution_matching", **options}
-        else:
-            described["objective"] = {"name": type(self.objective).__name__}
-        described["objective"]["student_times"] = self.student_times
+        name = type(self.objective).__name__
+        about: dict[str, Any]
+        about = {"name": name} if self.method is None else self.method.model_dump(mode="json")
+        about["student_times"] = self.student_times
+        described: dict[str, Any] = {"teacher": self.source, "seed": self.seed, "objective": about}
         return described | {"training": self.settings.model_dump(mode="json")}
 
 
@@ -331,22 +290,60 @@ def default_law(process: Process) -> TimestepLaw:
     return LogNormalSigma(-0.5, 1.2) if isinstance(process, EDM) else Uniform(0.02, 0.98)
 
 
-def _matching_settings(name: str, options: Mapping[str, Any]) -> MatchingSettings:
-    if name not in OBJECTIVES:
+class GivenNetworks:
+    """The networks of an objective that is given by name: copies of the teacher, or the user's."""
+
+    def __init__(
+        self,
+        student: Denoiser,
+        frozen: Denoiser,
+        training: TrainingSettings,
+        teacher: Denoiser,
+        critic: Denoiser | None,
+        seed: int,
+    ) -> None:
+        self.student, self.teacher, self.training = student, frozen, training
+        self._whole, self._critic, self._seed = teacher, critic, seed
+
+    def critic(self) -> Denoiser:
+        return self._critic or _trainable_copy(self._whole)
+
+    def discriminator(self) -> Discriminator:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + 1)
+            return Discriminator(self.teacher.network.feature_shapes)
+
+
+def make_method(name: str, process: Process, options: Mapping[str, Any]) -> Method:
+    """A method by its name, with the usual times and laws of a process where none are given.
+
+    Args:
+        name: as in a recipe; diff-instruct is diff_instruct.
+        process: of the teacher.
+        options: keys of the method; those that are None count as not given.
+
+    Raises:
+        ValueError: for an unknown method or key, or values that do not fit together.
+    """
+    kinds = {kind.model_fields["name"].annotation.__args__[0]: kind for kind in METHODS}  # type: ignore[union-attr]
+    kind = kinds.get(name.replace("-", "_"))
+    if kind is None:
         raise ValueError(
-            f"objective is {name!r}; expected one of {', '.join(OBJECTIVES)}, or an Objective"
+            f"objective is {name!r}; expected one of {', '.join(kinds)}, or an Objective"
         )
-    known = {field.name for field in dataclasses.fields(MatchingSettings)}
-    wrong = sorted(set(options) - known)
+    given = {key: value for key, value in options.items() if value is not None}
+    wrong = sorted(set(given) - set(kind.model_fields))
     if wrong:
+        known = sorted(set(kind.model_fields) - {"name"})
         raise ValueError(
-            f"{wrong[0]} is no option of Trainer; options of the objective are "
-            f"{', '.join(sorted(known))}"
+            f"{wrong[0]} is no option of Trainer; options of the objective are {', '.join(known)}"
         )
-    chosen = OBJECTIVES[name] | dict(options)
-    if isinstance(chosen.get("divergence"), str):
-        chosen["divergence"] = get_divergence(chosen["divergence"])
-    return MatchingSettings(**chosen)
+    given.setdefault("student_times", default_times(process))
+    law = given.get("matching_law", default_law(process))
+    for key in ("matching_law", "critic_law"):
+        if key in kind.model_fields:
+            given.setdefault(key, law)
+    return kind(name=name.replace("-", "_"), **given)
 
 
 def _settings(steps: int, batch_size: int, lr: float) -> TrainingSettings:

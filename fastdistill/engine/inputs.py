@@ -37,7 +37,7 @@ def open_data(recipe: Recipe, teacher: SavedDenoiser, device: torch.device) -> D
                 "data=FOLDER"
             )
         if isinstance(settings, EncodedSet):
-            needs_real = recipe.objective.needs_discriminator
+            needs_real = recipe.objective.needs_real
             data = open_encoded(settings.path, network, needs_real)
         else:
             data = _open_images(settings.path, settings.size, shape, classes)

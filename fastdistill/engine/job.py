@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,11 @@ from fastdistill.engine.log import RunLog
 from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
 from fastdistill.engine.roles import (
+    RunNetworks,
     checkpoint_blocks,
     describe_student,
     load_teacher,
     make_frozen,
-    make_objective,
     make_student,
 )
 from fastdistill.engine.saved import (
@@ -56,6 +57,7 @@ from fastdistill.engine.saved import (
 from fastdistill.engine.trainer import Trainer, memory_in_use
 from fastdistill.models import Denoiser
 from fastdistill.objectives import Denoising, KnowledgeDistillation, Objective
+from fastdistill.optim.transfer import checksums
 from fastdistill.parallel import Parallel, Ranks
 
 STAGES = ("teacher", "warmup", "distill")
@@ -91,6 +93,7 @@ class Job:
         torch.set_num_threads(recipe.threads)
         self._check_batches()
         self._loaded: SavedDenoiser | None = None
+        self._teacher_sum: int | None = None
         if recipe.model.name == "digits":
             images = digits().to(self.device)
             self.data: Data = images
@@ -227,15 +230,16 @@ class Job:
     ) -> dict[str, Any] | None:
         """The stage of the distillation, and what it made."""
         recipe = self.recipe
-        objective = make_objective(recipe, self._take_teacher(), start).to(self.device)
-        self._prepare(objective.teacher, objective.student)
+        networks = RunNetworks(recipe, self._take_teacher(), start)
+        objective = recipe.objective.build(networks).to(self.device)
+        self._prepare(networks.teacher, objective.student)
         trainer = self._trainer("distill", objective, recipe.training, log)
         self._fit(trainer, newest if newest and newest.stage == "distill" else None, log)
         self._save_averaged(trainer, self.folder / "student", self._student_description())
         self.say("evaluating teacher and student")
         with trainer.averaged() as student:
             summary, columns = self.judge.compare(
-                objective.teacher, student, scored=self.ranks.is_first
+                networks.teacher, student, scored=self.ranks.is_first
             )
         if not self.ranks.is_first:
             return None
@@ -248,6 +252,7 @@ class Job:
         """Make sure that all ranks hold the same teacher, and shard it where the recipe says so."""
         parallel = self._parallel(student)
         parallel.check_alike(teacher)
+        self._teacher_sum = zlib.crc32(json.dumps(checksums(teacher)).encode())
         if self.recipe.parallel.teacher == "sharded" and parallel.mode != "single":
             parallel.shard(teacher)
 
@@ -310,16 +315,26 @@ class Job:
             stage=stage,
             on_log=None if log is None else lambda row: log.write(row, memory_in_use(self.device)),
             on_sample=lambda trainer: self._judge(trainer, log),
-            before_checkpoint=None if log is None else log.commit,
+            before_checkpoint=None if log is None else lambda: self._attach(log),
         )
 
     def _fit(self, trainer: Trainer, checkpoint: Checkpoint | None, log: RunLog | None) -> None:
         if checkpoint is not None:
             attached = trainer.resume(checkpoint)
+            if attached["teacher"] != self._teacher_sum:
+                place = self.recipe.teacher.path or self.folder / "teacher"
+                raise RecipeError(
+                    f"teacher {place} has other weights than when {checkpoint.path} was written; "
+                    "put the old ones back, or begin a new run"
+                )
             if log is not None:
                 log.restart(attached["metrics_bytes"], trainer.step)
             self.say(f"resuming stage {trainer.stage} at step {trainer.step}")
         trainer.fit()
+
+    def _attach(self, log: RunLog) -> dict[str, Any]:
+        """What a checkpoint keeps besides the trainer's own."""
+        return log.commit() | {"teacher": self._teacher_sum}
 
     def _judge(self, trainer: Trainer, log: RunLog | None) -> None:
         """Evaluate the averaged student during the distillation, and draw a few of its samples."""

@@ -107,7 +107,8 @@ class Judge:
         summary: dict[str, Any] = {
             "recipe": recipe.name,
             "seed": recipe.seed,
-            "divergence": recipe.objective.divergence,
+            "objective": recipe.objective.name,
+            "divergence": getattr(recipe.objective, "divergence", None),
             "evaluations_teacher": 2 * steps - 1,
             "evaluations_student": len(times),
         }

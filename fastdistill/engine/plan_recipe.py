@@ -13,8 +13,8 @@ from fastdistill.choices import DigitsModel
 from fastdistill.config import Recipe
 from fastdistill.data import RealBatch, digits
 from fastdistill.diffusion import EDM, VP, EDMPreconditioning, Epsilon, Flow, RectifiedFlow
-from fastdistill.engine.job import checkpoint_blocks, make_objective
 from fastdistill.engine.planning import PlannedJob
+from fastdistill.engine.roles import checkpoint_blocks, make_objective
 from fastdistill.layers import accelerate
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import build_network
@@ -119,7 +119,7 @@ def _objective(recipe: Recipe, teacher: Any, checkpointed: bool) -> Objective:
 
 
 def _samples(recipe: Recipe, batch: int, shape: tuple[int, ...]) -> torch.Tensor | None:
-    if not recipe.objective.needs_discriminator:
+    if not recipe.objective.needs_real:
         return None
     return torch.empty(batch, *shape, device="meta")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,7 @@ from fastdistill.engine.saved import (
     load_weights,
 )
 from fastdistill.models import Denoiser
-from fastdistill.objectives import (
-    Discriminator,
-    DistributionMatching,
-    MatchingSettings,
-    Objective,
-    get_divergence,
-)
+from fastdistill.objectives import Discriminator, Objective
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> SavedDenoiser:
@@ -121,47 +114,41 @@ def _check_architecture(name: str | None, found: dict[str, Any], path: str) -> N
             )
 
 
-def make_objective(
-    recipe: Recipe, teacher: Denoiser, start: Path | None = None
-) -> DistributionMatching:
-    """The recipe's objective, with student and critic that start as copies of the teacher.
+class RunNetworks:
+    """The networks of a recipe's objective, each made when it is asked for.
 
     Args:
         recipe: what is run.
         teacher: as `load_teacher` gives it. It may become the critic, so that no more copies are
-            made than the run needs: use the objective's own teacher afterwards.
+            made than the run needs: use ``self.teacher`` afterwards.
         start: a saved student to begin with, as a warm-up's.
     """
-    settings = recipe.objective
-    frozen = make_frozen(recipe, teacher)
-    student = make_student(recipe, teacher, frozen)
-    if start is not None:
-        load_weights(start, student)
-    rank = _rank(recipe, "critic_lora")
-    if rank is None:
-        critic = teacher.requires_grad_(True).train()
-    else:
+
+    def __init__(self, recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> None:
+        self.recipe, self.training = recipe, recipe.training
+        self._given = teacher
+        self.teacher = make_frozen(recipe, teacher)
+        self.student = make_student(recipe, teacher, self.teacher)
+        if start is not None:
+            load_weights(start, self.student)
+
+    def critic(self) -> Denoiser:
+        rank = _rank(self.recipe, "critic_lora")
+        if rank is None:
+            return self._given.requires_grad_(True).train()
         from fastdistill.models.lora import shared_lora_critic
 
-        critic = shared_lora_critic(frozen, rank, seed=recipe.seed + 3)
-    discriminator = None
-    if settings.needs_discriminator:
+        return shared_lora_critic(self.teacher, rank, seed=self.recipe.seed + 3)
+
+    def discriminator(self) -> Discriminator:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed + 1)
-            discriminator = Discriminator(frozen.network.feature_shapes)
-    names = {field.name for field in dataclasses.fields(MatchingSettings)} - {"divergence"}
-    return DistributionMatching(
-        student,
-        frozen,
-        critic,
-        settings.student_times,
-        settings.matching_law,
-        settings.critic_law,
-        discriminator=discriminator,
-        settings=MatchingSettings(
-            divergence=get_divergence(settings.divergence), **settings.model_dump(include=names)
-        ),
-    )
+            torch.manual_seed(self.recipe.seed + 1)
+            return Discriminator(self.teacher.network.feature_shapes)
+
+
+def make_objective(recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> Objective:
+    """The recipe's objective, on the networks that `RunNetworks` makes of the same arguments."""
+    return recipe.objective.build(RunNetworks(recipe, teacher, start))
 
 
 def make_frozen(recipe: Recipe, teacher: Denoiser) -> Denoiser:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Noise, few_step, heun, karras_sigmas
 from fastdistill.models import Condition, Denoiser
-from fastdistill.objectives.distribution_matching import concatenate_conditions
+from fastdistill.models.denoiser import concatenate_conditions
 
 EVALUATION_STEP = 2**32 - 1
 """The step of noise that no training step uses."""

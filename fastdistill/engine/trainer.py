@@ -181,6 +181,7 @@ class Trainer:
             if not fresh:
                 self._regenerate(sample_step)
         self.noise.at(self.step)
+        self.objective.before_step(self.step)
         for role, optimizer in self.optimizers.items():
             optimizer.set_rate(self.student_updates if role == "student" else self.step)
         return Kind(student, fresh, self.objective.course(self.noise) if fresh else None)
@@ -257,6 +258,7 @@ class Trainer:
         tensors, _ = self._state()
         tensors["metrics"] = self.metrics.state_dict()
         document = {"stage": self.stage, "step": self.step, "seed": self.seed}
+        document["objective"] = type(self.objective).__name__
         if self.before_checkpoint is not None:
             document["attached"] = self.before_checkpoint()
         self.checkpoints.save(self.stage, self.step, tensors, {"state": document})
@@ -275,6 +277,13 @@ class Trainer:
             raise ValueError(
                 f"{checkpoint.path} is of stage {state['stage']} and seed {state['seed']}; this "
                 f"run is in stage {self.stage} with seed {self.seed}"
+            )
+        objective = type(self.objective).__name__
+        if state["objective"] != objective:
+            raise ValueError(
+                f"{checkpoint.path} is of objective {state['objective']}, but this run's is "
+                f"{objective}: another method would not continue it; begin a new run, with "
+                "start=STUDENT where it shall begin at this one's student"
             )
         tensors, optimizers = self._state()
         try:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Parametrisation, Process
 from fastdistill.ops import Coefficients
@@ -93,3 +94,23 @@ class Denoiser(nn.Module):
         )
         a, b = (number.reshape(shape).to(x_t.dtype) for number in level.coefficients)
         return a * x_t + b * raw
+
+
+def concatenate_conditions(first: Condition, second: Condition) -> Condition:
+    """Two conditions of one structure as one of twice the batch; None stays None.
+
+    Raises:
+        ValueError: where their structures differ.
+    """
+    leaves, spec = pytree.tree_flatten(first)
+    others, other_spec = pytree.tree_flatten(second)
+    if spec != other_spec:
+        raise ValueError(
+            f"condition and uncondition differ in structure: {spec} and {other_spec}; guidance "
+            "needs an unconditional version of every part of the condition"
+        )
+    joined = [
+        None if leaf is None else torch.cat((leaf, other))
+        for leaf, other in zip(leaves, others, strict=True)
+    ]
+    return pytree.tree_unflatten(joined, spec)

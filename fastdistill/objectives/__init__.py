@@ -9,9 +9,27 @@ from fastdistill.objectives.distribution_matching import (
     check_sharing,
 )
 from fastdistill.objectives.divergences import Divergence, divergence_names, get_divergence
+from fastdistill.objectives.matching_methods import (
+    DMD,
+    DMD2,
+    DiffInstruct,
+    DistributionMatchingMethod,
+    FDistill,
+)
+from fastdistill.objectives.method import Method, Networks
 from fastdistill.objectives.regression import KnowledgeDistillation
 
+METHODS: tuple[type[Method], ...] = (
+    DistributionMatchingMethod,
+    DiffInstruct,
+    DMD,
+    DMD2,
+    FDistill,
+)
+"""What a recipe's objective can be."""
+
 __all__ = [
+    "METHODS",
     "Batch",
     "Denoising",
     "Discriminator",
@@ -19,6 +37,8 @@ __all__ = [
     "Divergence",
     "KnowledgeDistillation",
     "MatchingSettings",
+    "Method",
+    "Networks",
     "Objective",
     "Update",
     "check_sharing",

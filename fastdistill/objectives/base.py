@@ -96,6 +96,12 @@ class Objective(nn.Module, abc.ABC):
         """
         return list(self.critic_modules())
 
+    def before_step(self, step: int) -> None:
+        """Host work before a step, as moving a schedule or replacing frozen weights in place.
+
+        Called once a step and first after a resume, so that it may depend on the step alone.
+        """
+
     def course(self, noise: Noise) -> Hashable:
         """What the host decides about the course of `generate`, by the seed and the step alone.
 

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw, starting_point
-from fastdistill.models import Condition, Denoiser, Level
+from fastdistill.models import Denoiser, Level
+from fastdistill.models.denoiser import concatenate_conditions
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.objectives.denoising import (
     denoising_pair,
@@ -408,23 +408,3 @@ class DistributionMatching(Objective):
         pair = (logits, torch.cat((fake.cotangent, real.cotangent)))
         by_level = ("discriminator_accuracy",)
         return Update([*update.pairs, pair], metrics, bins, by_level)
-
-
-def concatenate_conditions(first: Condition, second: Condition) -> Condition:
-    """Two conditions of one structure as one of twice the batch; None stays None.
-
-    Raises:
-        ValueError: where their structures differ.
-    """
-    leaves, spec = pytree.tree_flatten(first)
-    others, other_spec = pytree.tree_flatten(second)
-    if spec != other_spec:
-        raise ValueError(
-            f"condition and uncondition differ in structure: {spec} and {other_spec}; guidance "
-            "needs an unconditional version of every part of the condition"
-        )
-    joined = [
-        None if leaf is None else torch.cat((leaf, other))
-        for leaf, other in zip(leaves, others, strict=True)
-    ]
-    return pytree.tree_unflatten(joined, spec)

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from fastdistill import _arena
@@ -80,6 +80,11 @@ def checksum(value: Tensor) -> int:
     for part in data.split(_BYTES_AT_A_TIME):
         crc = zlib.crc32(part.cpu().numpy(), crc)
     return crc
+
+
+def checksums(module: nn.Module) -> dict[str, int]:
+    """`checksum` of every parameter and buffer that a module saves, by name."""
+    return {name: checksum(value.contiguous()) for name, value in module.state_dict().items()}
 
 
 def _pair(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdistill.optim.arena import Arena, Moments
-from fastdistill.optim.transfer import checksum
+from fastdistill.optim.transfer import checksums
 from fastdistill.parallel.ranks import Ranks
 from fastdistill.parallel.sharded import ShardedArena, shard
 from fastdistill.parallel.units import LARGEST_UNIT
@@ -115,12 +115,9 @@ class Parallel:
         """
         if self.ranks.size == 1:
             return
-        state = module.state_dict()
-        found = self.ranks.gather_objects(
-            {name: checksum(value.contiguous()) for name, value in state.items()}
-        )
+        found = self.ranks.gather_objects(checksums(module))
         for rank, own in enumerate(found):
-            differing = [name for name in state if own.get(name) != found[0].get(name)]
+            differing = [name for name in own if own.get(name) != found[0].get(name)]
             if differing:
                 raise ValueError(
                     f"rank {rank} has other weights than rank 0 in {len(differing)} tensors, as "

@@ -9,7 +9,6 @@ import yaml
 
 from fastdistill.config import (
     RECIPES,
-    ObjectiveSettings,
     Recipe,
     RecipeError,
     TrainingSettings,
@@ -17,9 +16,9 @@ from fastdistill.config import (
     load_recipe,
     parse_recipe,
 )
-from fastdistill.engine.job import make_objective
+from fastdistill.engine.roles import make_objective
 from fastdistill.engine.saved import DenoiserDescription
-from fastdistill.objectives import MatchingSettings
+from fastdistill.objectives import METHODS, DistributionMatchingMethod, MatchingSettings
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -132,11 +131,22 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
 
 def test_a_recipe_can_say_every_number_of_the_method():
     fields = {field.name for field in dataclasses.fields(MatchingSettings)}
-    assert fields <= set(ObjectiveSettings.model_fields)
+    assert fields <= set(DistributionMatchingMethod.model_fields)
     teacher = DenoiserDescription.of(load_recipe("digits"), (1, 8, 8), 10).build()
     recipe = load_recipe("digits", ["objective.ratio_max=7", "objective.divergence=forward_kl"])
     settings = make_objective(recipe, teacher).settings
     assert (settings.ratio_max, settings.divergence.name) == (7.0, "forward_kl")
+
+
+def test_another_method_keeps_times_laws_and_guidance():
+    recipe = load_recipe("digits", ["objective.divergence=forward_kl", "objective=diff_instruct"])
+    before = load_recipe("digits").objective
+    assert (recipe.objective.name, recipe.objective.normalise) == ("diff_instruct", False)
+    assert recipe.objective.divergence == "reverse_kl"
+    assert recipe.objective.student_times == before.student_times
+    assert recipe.objective.matching_law == before.matching_law
+    with pytest.raises(RecipeError, match="name 'dif_instruct' is unknown; did you mean 'diff_ins"):
+        load_recipe("digits", ["objective=dif_instruct"])
 
 
 def test_every_key_is_documented():
@@ -149,7 +159,7 @@ def test_every_key_is_documented():
                     yield from sections(kind)
 
     found = set(sections(Recipe))
-    assert TrainingSettings in found
+    assert {TrainingSettings, *METHODS} <= found
     for section in found:
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"

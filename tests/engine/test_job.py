@@ -123,6 +123,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, 
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_a_run_is_not_continued_with_another_teacher(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "teacher")
+    shutil.copytree(finished / "student", folder / "teacher")  # of the same architecture
+    with pytest.raises(RecipeError, match=r"teacher .* has other weights than when .*000040 was"):
+        Job.open(folder, lambda line: None).run()
+
+
 def test_a_saved_teacher_is_used_where_it_fits_and_refused_where_not(finished, tmp_path):
     saved = f"teacher={finished / 'teacher'}"
     job = Job.create(tmp_path / "run", small_recipe(saved), lambda line: None)

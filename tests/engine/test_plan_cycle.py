@@ -17,9 +17,9 @@ from fastdistill.data import RealBatch, digits
 from fastdistill.engine.counting import Counter
 from fastdistill.engine.cycle import Cycle, count_cycle
 from fastdistill.engine.gpus import find_gpu
-from fastdistill.engine.job import checkpoint_blocks, make_objective
 from fastdistill.engine.plan_recipe import job_of_recipe
 from fastdistill.engine.planning import PlannedJob, Planner
+from fastdistill.engine.roles import checkpoint_blocks, make_objective
 from fastdistill.engine.trainer import Trainer
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import build_network

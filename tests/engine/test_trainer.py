@@ -13,10 +13,12 @@ from small import small_recipe
 from synchronisation import no_synchronisation
 
 from fastdistill.data import InMemoryData, digits
+from fastdistill.diffusion import LogNormalSigma
 from fastdistill.engine.checkpoint import CheckpointStore
-from fastdistill.engine.job import make_objective
+from fastdistill.engine.roles import make_objective
 from fastdistill.engine.saved import DenoiserDescription
 from fastdistill.engine.trainer import Interrupted, Trainer, TrainingDivergedError
+from fastdistill.objectives import Denoising
 
 ALL_TERMS = ["objective.divergence=jensen_shannon", "objective.gan_weight=0.01"]
 
@@ -257,6 +259,16 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     made.save()
     other = trainer(recipe=small_recipe(*ALL_TERMS, "model.width=48"))
     with pytest.raises(ValueError, match="is of other networks"):
+        other.resume(made.checkpoints.newest())
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    made = trainer(tmp_path)
+    made.save()
+    student = DenoiserDescription.of(small_recipe(), (1, 8, 8), 10).build()
+    objective = Denoising(student, LogNormalSigma())
+    other = Trainer(objective, digits(), made.settings, stage="distill")
+    with pytest.raises(ValueError, match="is of objective DistributionMatching, but this run's is"):
         other.resume(made.checkpoints.newest())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdistill.config import load_recipe
 from fastdistill.data import InMemoryData
 from fastdistill.engine.checkpoint import CheckpointStore
-from fastdistill.engine.job import checkpoint_blocks, make_objective
+from fastdistill.engine.roles import checkpoint_blocks, make_objective
 from fastdistill.engine.saved import DenoiserDescription
 from fastdistill.engine.trainer import Trainer
 from fastdistill.parallel import Mode, Parallel, Ranks

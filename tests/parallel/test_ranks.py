@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
@@ -84,6 +85,26 @@ def test_four_ranks_exchange():
         assert found["hsdp"] == (("replicate", "shard"), [[0, 1], [2, 3]])
         assert found["cached"]
         assert found["whole"] == [0, 1, 2, 3, 4]
+
+
+def abort(ranks, folder, times):
+    marks = folder / f"{ranks.rank}"
+    done = len(marks.read_text()) if marks.exists() else 0
+    if ranks.rank == 1 and done < times:
+        marks.write_text("x" * (done + 1))
+        os.abort()
+    ranks.barrier()
+    return done
+
+
+def test_ranks_that_abort_once_begin_anew_and_twice_fail(tmp_path):
+    with pytest.warns(UserWarning, match="a rank of abort aborted"):
+        assert run_ranks(2, abort, tmp_path, 1) == [0, 1]
+    with (
+        pytest.warns(UserWarning, match="began anew"),
+        pytest.raises(AssertionError, match="rank 1: ended with exit code -6"),
+    ):
+        run_ranks(2, abort, tmp_path, 9)
 
 
 def close(ranks):
