@@ -12,8 +12,6 @@ from fastdistill.gaussian.principal import (
     sketching_matrix,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-
 
 def samples(count=60, shape=(2, 5), seed=0, shift=3.0):
     """Correlated float64 samples with a mean far from 0."""
