@@ -59,7 +59,7 @@ def main() -> None:
                 "rank_found": gaussian.rank,
                 "left_out": gaussian.fit.left_out[-1],
                 "sketch_error": gaussian.fit.sketch_error,
-                "variances": [round(float(gaussian.variances[k]), 6) for k in (0, 15, 63, 255)],
+                "variances": [round(value, 6) for value in gaussian.variances[::85].tolist()],
             }
         )
     )

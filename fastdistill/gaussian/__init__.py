@@ -3,6 +3,7 @@
 from fastdistill.gaussian.files import load_gaussian, save_gaussian
 from fastdistill.gaussian.fit import Fitter, cluster_centres, fit_gaussian
 from fastdistill.gaussian.model import Fit, Gaussian, GaussianMixture, LabelledGaussian
+from fastdistill.gaussian.scheduler import TeleportScheduler
 
 __all__ = [
     "Fit",
@@ -10,6 +11,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "LabelledGaussian",
+    "TeleportScheduler",
     "cluster_centres",
     "fit_gaussian",
     "load_gaussian",
