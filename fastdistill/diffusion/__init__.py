@@ -26,6 +26,7 @@ from fastdistill.diffusion.timesteps import (
     KarrasIndex,
     LogitNormal,
     LogNormalSigma,
+    LogUniformSigma,
     TimestepLaw,
     Uniform,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Flow",
     "KarrasIndex",
     "LogNormalSigma",
+    "LogUniformSigma",
     "LogitNormal",
     "Noise",
     "Parametrisation",

@@ -57,7 +57,13 @@ class Denoiser(nn.Module):
         process: forward process that the network was trained on.
         parametrisation: what F is.
         input_dtype: dtype that the network reads; that of x_t if None.
+
+    Attributes:
+        start: makes a student's first input at (alpha, sigma) of standard normal noise, as a
+            `fastdistill.gaussian.Gaussian` does; pure noise of the process' scale if None.
     """
+
+    start: Any
 
     def __init__(
         self,
@@ -71,6 +77,7 @@ class Denoiser(nn.Module):
         self.process = process
         self.parametrisation = parametrisation
         self.input_dtype = input_dtype
+        self.start = None
 
     def level(self, t: Tensor) -> Level:
         """Coefficients at times t [B]."""
@@ -83,6 +90,13 @@ class Denoiser(nn.Module):
             self.parametrisation.input_scale(alpha, sigma),
             self.parametrisation.noise_condition(t, alpha, sigma),
         )
+
+    def first_input(self, noise: Tensor, t: Tensor) -> Tensor:
+        """What a student reads first, of standard normal noise [B, ...], at time t [B]."""
+        if self.start is not None:
+            return self.start(noise, *self.process.alpha_sigma(t))
+        scale = self.process.start_scale(t).to(noise.dtype)
+        return scale.reshape(-1, *[1] * (noise.ndim - 1)) * noise
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         """Denoised sample D(x_t, t) in the dtype of x_t  # [B, ...]"""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw, starting_point
+from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw
 from fastdistill.models import Denoiser, Level
 from fastdistill.models.denoiser import concatenate_conditions
 from fastdistill.objectives.base import Batch, Objective, Update
@@ -32,6 +32,7 @@ from fastdistill.objectives.denoising import (
 )
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
 from fastdistill.objectives.divergences import Divergence, get_divergence
+from fastdistill.objectives.stand_in import Split, StandIn, take_rows
 from fastdistill.ops import density_ratio_weight, log_snr_bin, matching_cotangent, renoise
 
 
@@ -102,6 +103,7 @@ class DistributionMatching(Objective):
         critic_loss_space: space of the critic's squared error; its own parametrisation if None.
         discriminator: needed for a GAN term and for every divergence but reverse KL.
         settings: numbers of the method.
+        stand_in: answers for the teacher above a noise level; nobody does if None.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -118,6 +120,7 @@ class DistributionMatching(Objective):
         critic_loss_space: Parametrisation | None = None,
         discriminator: Discriminator | None = None,
         settings: MatchingSettings | None = None,
+        stand_in: StandIn | None = None,
     ) -> None:
         super().__init__()
         settings = settings or MatchingSettings()
@@ -133,6 +136,12 @@ class DistributionMatching(Objective):
             )
         if critic.process != teacher.process or student.process != teacher.process:
             raise ValueError("student, teacher and critic must share one forward process")
+        reads_teacher = discriminator is not None and settings.gan_features == "teacher"
+        if stand_in is not None and reads_teacher:
+            raise ValueError(
+                "stand_in leaves the teacher out at high noise, but the discriminator reads the "
+                "teacher's features there; set gan_features: critic, or drop stand_in"
+            )
         if not student_times:
             raise ValueError("student_times is empty; expected at least one time")
         self.student, self.critic = student, critic
@@ -141,6 +150,7 @@ class DistributionMatching(Objective):
         self.matching_law, self.critic_law = matching_law, critic_law
         self.critic_loss_space = critic_loss_space or critic.parametrisation
         self.settings = settings
+        self.stand_in = stand_in
         self._frozen = (teacher.requires_grad_(False).eval(),)  # a tuple: not a registered module
         self.ratio_history: Tensor
         if settings.divergence.needs_ratio:
@@ -180,7 +190,7 @@ class DistributionMatching(Objective):
         """
         process = self.student.process
         t = torch.full(batch.index.shape, self.student_times[0], device=batch.index.device)
-        x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
+        x_t = self.student.first_input(batch.noise.normal("latents", batch.index, batch.shape), t)
         for k in range(1, self.course(batch.noise) + 1):
             with torch.no_grad():
                 x0 = self.student(x_t, t, batch.condition)
@@ -194,13 +204,15 @@ class DistributionMatching(Objective):
         settings = self.settings
         # Only the GAN term looks at x_t as a function of the sample; the rest is a constant to it.
         source = sample if settings.gan_weight > 0 else sample.detach()
-        noised = noised_for(self.teacher, batch, source, self.matching_law, "matching")
+        split = None if self.stand_in is None else self.stand_in.split(batch)
+        noised = noised_for(self.teacher, batch, source, split or self.matching_law, "matching")
         level = noised.level
         critic_level, critic_input = self._critic_view(level, noised.x_t, noised.model_input)
         raw_teacher, raw_uncond, raw_critic, logits = self._evaluate(
             {"teacher": level, "critic": critic_level},
             {"teacher": noised.model_input, "critic": critic_input},
             batch,
+            None if split is None else (split, noised.x_t.detach()),
         )
         shared = None
         if settings.share_critic_forward:
@@ -208,6 +220,9 @@ class DistributionMatching(Objective):
             raw_critic = raw_critic.detach()
         bins = self._bins(level)
         weight, metrics = self._weight(logits, bins, batch)
+        if split is not None:
+            weight = split.weight if weight is None else weight * split.weight
+            metrics["teacher_share"] = split.teacher_share
         matched = matching_cotangent(
             sample.detach(),
             noised.x_t.detach(),
@@ -234,7 +249,7 @@ class DistributionMatching(Objective):
             "nonfinite": matched.nonfinite,
         }
         by_level = ["score_gap", "residual"]
-        if weight is not None:
+        if "ratio" in metrics:
             by_level.append("ratio")
         return Update(pairs, metrics, bins, tuple(by_level), shared)
 
@@ -278,11 +293,16 @@ class DistributionMatching(Objective):
         return self._discriminated(features, self._bins(level), batch, update)
 
     def _evaluate(
-        self, levels: dict[str, Level], inputs: dict[str, Tensor], batch: Batch
+        self,
+        levels: dict[str, Level],
+        inputs: dict[str, Tensor],
+        batch: Batch,
+        split: tuple[Split, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Raw outputs of teacher (with and without the condition) and critic, and the logits.
 
-        The pass that yields the discriminator's features also yields its network's raw output, and
+        With a split of the rows (and x_t), the stand-in answers for some of the teacher's. The pass
+        that yields the discriminator's features also yields its network's raw output, and
         keeps a graph up to the features only where the GAN term needs one.
         """
         settings, source = self.settings, self.settings.gan_features
@@ -297,7 +317,11 @@ class DistributionMatching(Objective):
                 logits = self.discriminator(features)
         uncond = None
         with torch.no_grad():
-            if settings.guidance_scale != 1.0:
+            if split is not None:
+                raw["teacher"], uncond = self._with_stand_in(
+                    *split, levels["teacher"], inputs["teacher"], batch
+                )
+            elif settings.guidance_scale != 1.0:
                 raw["teacher"], uncond = self._guided(
                     levels["teacher"], inputs["teacher"], batch, raw.get("teacher")
                 )
@@ -308,6 +332,22 @@ class DistributionMatching(Objective):
                 with torch.set_grad_enabled(graded):
                     raw[role] = network(model_input, level.noise_condition, batch.condition)
         return raw["teacher"], uncond, raw["critic"], logits
+
+    def _with_stand_in(
+        self, split: Split, x_t: Tensor, level: Level, model_input: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher with and without the condition, the stand-in answering for its own rows."""
+        assert self.stand_in is not None
+        rows, uncond = split.teacher, None
+        condition, uncondition = take_rows((batch.condition, batch.uncondition), rows)
+        own_level, own_input = take_rows(level, rows), model_input.detach()[rows]
+        if self.settings.guidance_scale != 1.0:
+            own = dataclasses.replace(batch, condition=condition, uncondition=uncondition)
+            raw, other = self._guided(own_level, own_input, own, None)
+            uncond = self.stand_in.fill(other, split, x_t, level, batch.uncondition)
+        else:
+            raw = self.teacher.network(own_input, own_level.noise_condition, condition)
+        return self.stand_in.fill(raw, split, x_t, level, batch.condition), uncond
 
     def _guided(
         self, level: Level, model_input: Tensor, batch: Batch, conditional: Tensor | None

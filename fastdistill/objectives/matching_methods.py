@@ -15,6 +15,7 @@ from fastdistill.objectives.distribution_matching import (
 )
 from fastdistill.objectives.divergences import get_divergence
 from fastdistill.objectives.method import Method, Networks
+from fastdistill.objectives.stand_in import StandInSettings
 
 
 class DistributionMatchingMethod(Method):
@@ -46,6 +47,9 @@ class DistributionMatchingMethod(Method):
     """Lower bound of the density ratio before it is calibrated."""
     ratio_max: PositiveFloat = 20.0
     """Upper bound of the density ratio before it is calibrated."""
+    stand_in: StandInSettings | None = None
+    """A fitted Gaussian in the teacher's place above a noise level (docs/gaussian.md); null asks
+    the teacher always."""
     share_critic_forward: bool = False
     """Let the critic's forward in the student's update serve one of its own updates, which then is
     at matching_law's times."""
@@ -80,15 +84,17 @@ class DistributionMatchingMethod(Method):
         )
 
     def build(self, networks: Networks) -> DistributionMatching:
+        teacher, stand_in = networks.teacher, self.stand_in
         return DistributionMatching(
             networks.student,
-            networks.teacher,
+            teacher,
             networks.critic(),
             self.student_times,
             self.matching_law,
             self.critic_law,
             discriminator=networks.discriminator() if self.needs_discriminator else None,
             settings=self.matching_settings(),
+            stand_in=None if stand_in is None else stand_in.load(teacher, self.matching_law),
         )
 
 
