@@ -1,4 +1,4 @@
-"""The command line: encode, plan, train, resume, sample, evaluate, export, info, bench."""
+"""The command line: encode, plan, train, resume, sample, evaluate, export, gaussian, ..."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fastdistill.cli_gaussian import gaussian_app
 
 if TYPE_CHECKING:
     from fastdistill.engine.job import Job
@@ -28,6 +30,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default
 def say(line: str) -> None:
     """Print one line for a person."""
     console.print(line, markup=False)
+
+
+app.add_typer(gaussian_app, name="gaussian")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -33,6 +34,20 @@ def save_gaussian(
         OSError: where the file cannot be written; one that was there is untouched.
     """
     path = Path(path)
+    tensors, document = pack_gaussian(gaussian, dtype)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"format": FORMAT, "gaussian": json.dumps(document)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def pack_gaussian(
+    gaussian: Gaussian | GaussianMixture, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name and a JSON document, from which `unpack_gaussian` makes the same again."""
     components = [gaussian]
     if isinstance(gaussian, GaussianMixture):
         components = [gaussian[k] for k in range(len(gaussian))]
@@ -44,21 +59,11 @@ def save_gaussian(
         named = {"mean": one.mean, "basis": basis, "variances": one.variances}
         tensors |= {f"{k}.{name}": value.cpu().contiguous() for name, value in named.items()}
         about.append({"floor": one.floor, "fit": dataclasses.asdict(one.fit)})
-    document = {
-        "components": about,
-        "mixture": isinstance(gaussian, GaussianMixture),
-        "by_class": False,
-    }
+    document = {"components": about, "mixture": False, "by_class": False}
     if isinstance(gaussian, GaussianMixture):
+        document |= {"mixture": True, "by_class": gaussian.by_class}
         tensors["weights"] = gaussian.log_weights.double().exp().cpu()
-        document["by_class"] = gaussian.by_class
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"format": FORMAT, "gaussian": json.dumps(document)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return tensors, document
 
 
 def load_gaussian(
@@ -92,15 +97,21 @@ def load_gaussian(
             "`fastdistill gaussian fit` writes"
         )
     try:
-        gaussian = _assemble(json.loads(metadata["gaussian"]), tensors, dtype)
+        gaussian = unpack_gaussian(tensors, json.loads(metadata["gaussian"]), dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no Gaussian: {error}") from error
     return gaussian.to(device)
 
 
-def _assemble(
-    document: dict, tensors: dict[str, Tensor], dtype: torch.dtype
+def unpack_gaussian(
+    tensors: dict[str, Tensor], document: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> Gaussian | GaussianMixture:
+    """What `pack_gaussian` took apart.
+
+    Raises:
+        ValueError: for numbers that are no Gaussian, and tensors that belong to none.
+        KeyError: for what is missing.
+    """
     about, weights = document["components"], tensors.pop("weights", None)
     components = []
     for k, entry in enumerate(about):
