@@ -24,7 +24,7 @@ from pydantic_core import core_schema
 
 from fastdistill.diffusion import parametrisation as parametrisations
 from fastdistill.diffusion import process as processes
-from fastdistill.diffusion import timesteps
+from fastdistill.diffusion import timestep_pairs, timesteps
 
 
 class _Choice:
@@ -96,6 +96,10 @@ LawChoice = Annotated[
             "fixed_list": timesteps.FixedList,
         }
     ),
+]
+PairLawChoice = Annotated[
+    Any,
+    _Choice({"ict": timestep_pairs.ImprovedPairs, "ect": timestep_pairs.EasyPairs}),
 ]
 
 
@@ -194,3 +198,49 @@ DataChoice = Annotated[
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]
+
+
+class _RewardSettings(Settings):
+    decode: bool = False
+    """Reward the pictures that the teacher's VAE decodes from latents, and not the latents."""
+
+
+class Linear(_RewardSettings):
+    """Brightness."""
+
+    name: Literal["linear"]
+    """linear: slope times the mean of a sample's elements."""
+    slope: float = 1.0
+    """Factor; a negative one wants darkness."""
+
+
+class Quadratic(_RewardSettings):
+    """Nearness to a value."""
+
+    name: Literal["quadratic"]
+    """quadratic: minus half the mean of (x - target)^2."""
+    target: float = 0.0
+    """The value."""
+
+
+class OfDigitsClassifier(_RewardSettings):
+    """What the classifier says by which digits are judged."""
+
+    name: Literal["digits_classifier"]
+    """digits_classifier: log-probability of the class under the classifier that judges digits."""
+    label: int | None = Field(default=None, ge=0, le=9)
+    """The class wanted of every sample; null wants each sample's own."""
+
+
+RewardChoice = Annotated[
+    Linear | Quadratic | OfDigitsClassifier, Field(discriminator="name"), BeforeValidator(_named)
+]
+
+
+def check_reward(reward: Any, weight: float) -> None:
+    """Raise ValueError for a reward without a weight, or a weight without a reward."""
+    if (reward is not None) != (weight > 0):
+        raise ValueError(
+            f"reward is {'null' if reward is None else reward.name} with reward_weight {weight:g}; "
+            "set both, or neither"
+        )

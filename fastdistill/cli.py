@@ -1,4 +1,4 @@
-"""The command line: encode, plan, train, resume, sample, evaluate, export, gaussian, ..."""
+"""The command line: encode, plan, train, sample, evaluate, export, gaussian, bench and others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastdistill.cli_gaussian import gaussian_app
@@ -154,6 +155,29 @@ def evaluate(run: RunFolder) -> None:
     from fastdistill.engine.job import Job
 
     _print_comparison(Job.open(run, say).evaluate())
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of compare.html, table.md, table.json.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Put several runs into one table, and into one page with their curves and grids."""
+    from fastdistill.engine.compare import Comparison
+
+    comparison = Comparison.read(runs)
+    titles, body = comparison.table()
+    table = Table(*(escape(title).replace(" ", "\n") for title in titles))
+    for column in table.columns:
+        column.no_wrap = True
+    for row in body:
+        table.add_row(*map(escape, row))
+    Console(width=10_000, highlight=False).print(table)  # its lines are never cut
+    for note in comparison.notes:
+        say(note)
+    say(f"curves and grids: {comparison.write(output)}")
 
 
 @app.command()

@@ -33,7 +33,7 @@ from fastdistill.choices import (
     nearest,
 )
 from fastdistill.diffusion import timesteps
-from fastdistill.objectives import METHODS, Method
+from fastdistill.objectives import METHODS, BacktrackingMethod, Method
 from fastdistill.optim.schedule import Schedule
 
 
@@ -198,6 +198,28 @@ class WarmupSettings(Settings):
         return self
 
 
+class DegradationSettings(Settings):
+    """The path from the teacher to the initial student, which objective backtracking goes back."""
+
+    nodes: PositiveInt
+    """Networks that are kept along the path, the last one at its end; the teacher is one more."""
+    rank: PositiveInt | None = None
+    """Keep each node as low-rank differences from the teacher, of this rank; null keeps all its
+    weights."""
+    training: TrainingSettings
+    """How a copy of the teacher is trained on the initial student's samples."""
+
+    @model_validator(mode="after")
+    def _can_be_divided(self) -> DegradationSettings:
+        _check_trains_one(self.training, "a degradation's")
+        if self.training.steps % self.nodes:
+            raise ValueError(
+                f"training.steps is {self.training.steps}, which {self.nodes} nodes do not divide; "
+                "choose a multiple"
+            )
+        return self
+
+
 def _check_trains_one(training: TrainingSettings | None, whose: str) -> None:
     for name in ("critic", "discriminator", "sample_every"):
         if training is not None and getattr(training, name) is not None:
@@ -246,6 +268,8 @@ class Recipe(Settings):
     """The distillation method."""
     warmup: WarmupSettings | None = None
     """Regression before the distillation; null goes without."""
+    degradation: DegradationSettings | None = None
+    """The stage before the distillation that objective backtracking needs; others leave it out."""
     start: FolderPath = None
     """A saved student to start at, as another run's student/; null is a copy of the teacher."""
     start_noise: FolderPath = None
@@ -275,6 +299,26 @@ class Recipe(Settings):
                     f"{name}.guidance_scale needs a teacher that knows the null condition: set "
                     "teacher.condition_dropout, as 0.1"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _backtracking_has_a_path(self) -> Recipe:
+        if not isinstance(self.objective, BacktrackingMethod):
+            return self
+        if self.degradation is None:
+            raise ValueError("degradation is missing: objective backtracking goes its path back")
+        self.objective.steps_per_node(self.degradation.nodes, self.training.steps)
+        for role in ("student_lora", "critic_lora"):
+            if getattr(self.model, role, None) is not None:
+                raise ValueError(
+                    f"model.{role} puts low-rank weights upon the teacher's own, which objective "
+                    "backtracking replaces as it goes; set it to null"
+                )
+        if self.parallel.teacher == "sharded":
+            raise ValueError(
+                "parallel.teacher is sharded, but objective backtracking replaces the teacher's "
+                "weights as it goes, which it can where they are whole; set replicated"
+            )
         return self
 
     @model_validator(mode="after")

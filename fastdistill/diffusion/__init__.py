@@ -21,6 +21,13 @@ from fastdistill.diffusion.samplers import (
     karras_sigmas,
     starting_point,
 )
+from fastdistill.diffusion.timestep_pairs import (
+    EasyPairs,
+    ImprovedPairs,
+    PairLaw,
+    Reach,
+    reach_of,
+)
 from fastdistill.diffusion.timesteps import (
     FixedList,
     KarrasIndex,
@@ -37,16 +44,20 @@ __all__ = [
     "X0",
     "AlphaSigma",
     "EDMPreconditioning",
+    "EasyPairs",
     "Epsilon",
     "FixedList",
     "Flow",
+    "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
     "LogUniformSigma",
     "LogitNormal",
     "Noise",
+    "PairLaw",
     "Parametrisation",
     "Process",
+    "Reach",
     "RectifiedFlow",
     "Start",
     "Teleport",
@@ -59,5 +70,6 @@ __all__ = [
     "heun",
     "karras_sigmas",
     "loss_weight",
+    "reach_of",
     "starting_point",
 ]

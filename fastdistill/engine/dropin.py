@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fastdistill.choices import RewardChoice
 from fastdistill.config import OptimizerSettings, TrainingSettings
 from fastdistill.diffusion import (
     EDM,
@@ -27,11 +28,12 @@ from fastdistill.diffusion import (
 from fastdistill.engine.checkpoint import CheckpointStore
 from fastdistill.engine.given import as_data, as_teacher, map_tensors
 from fastdistill.engine.log import RunLog
+from fastdistill.engine.rewards import make_reward
 from fastdistill.engine.sampling import EVALUATION_STEP
 from fastdistill.engine.trainer import Trainer as Loop
 from fastdistill.engine.trainer import memory_in_use
 from fastdistill.models import Condition, Denoiser
-from fastdistill.objectives import METHODS, Discriminator, Method, Objective
+from fastdistill.objectives import METHODS, Discriminator, Method, Objective, Reward
 from fastdistill.parallel import Parallel, Ranks
 
 STAGE = "distill"
@@ -220,7 +222,9 @@ class Trainer:
             frozen.network.to(torch.bfloat16)
             frozen.input_dtype = torch.bfloat16
         student = student or _trainable_copy(teacher)
-        return GivenNetworks(student, frozen, self.settings, teacher, critic, self.seed)
+        return GivenNetworks(
+            student, frozen, self.settings, teacher, critic, self.seed, self.source
+        )
 
     def _make_loop(self, mode: str | None) -> Loop:
         chosen: Any = mode or Parallel.fitting(self.ranks, self.objective.student)
@@ -264,8 +268,9 @@ class Trainer:
 
     @property
     def _is_guided(self) -> bool:
-        settings = self.method or getattr(self.objective, "settings", None)
-        return getattr(settings, "guidance_scale", 1) != 1
+        if self.method is not None:
+            return self.method.needs_null
+        return getattr(getattr(self.objective, "settings", None), "guidance_scale", 1) != 1
 
     def _describe(self) -> dict[str, Any]:
         """What was done, for the model card."""
@@ -302,9 +307,10 @@ class GivenNetworks:
         teacher: Denoiser,
         critic: Denoiser | None,
         seed: int,
+        source: str | None,
     ) -> None:
         self.student, self.teacher, self.training = student, frozen, training
-        self._whole, self._critic, self._seed = teacher, critic, seed
+        self._whole, self._critic, self._seed, self._source = teacher, critic, seed, source
 
     def critic(self) -> Denoiser:
         return self._critic or _trainable_copy(self._whole)
@@ -313,6 +319,9 @@ class GivenNetworks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + 1)
             return Discriminator(self.teacher.network.feature_shapes)
+
+    def reward(self, choice: RewardChoice) -> Reward:
+        return make_reward(choice, self._source, next(self.teacher.parameters()).device)
 
 
 def make_method(name: str, process: Process, options: Mapping[str, Any]) -> Method:

@@ -80,7 +80,7 @@ def _check_conditions(recipe: Recipe, data: Data, network: Any) -> None:
     """Let one sample's conditions be checked now, and not by the first step."""
     given = data.batch(recipe.seed, 0, 1)
     network.check_condition(given.condition, 1)
-    if recipe.objective.guidance_scale == 1 and recipe.teacher.guidance_scale == 1:
+    if not recipe.objective.needs_null and recipe.teacher.guidance_scale == 1:
         return
     if network.classes:
         network.null_condition(given.condition)

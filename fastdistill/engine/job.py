@@ -6,6 +6,7 @@ timings.jsonl      images a second and memory, which no two runs share
 tensorboard/       the same as events
 checkpoints/       the newest few of each stage
 teacher/ student/  saved denoisers; warmup/ and pairs/ where there is a warm-up
+nodes/             the path that objective backtracking goes back
 samples/           grids during training
 summary.json grid.png report.html    the result
 """
@@ -39,6 +40,7 @@ from fastdistill.engine.gaussian import stand_in_report
 from fastdistill.engine.inputs import open_data
 from fastdistill.engine.judge import Judge
 from fastdistill.engine.log import RunLog
+from fastdistill.engine.nodes import NodeFolder
 from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
 from fastdistill.engine.roles import (
@@ -53,15 +55,22 @@ from fastdistill.engine.saved import (
     DenoiserDescription,
     SavedDenoiser,
     load_denoiser,
+    load_weights,
     save_denoiser,
 )
 from fastdistill.engine.trainer import Trainer, memory_in_use
 from fastdistill.models import Denoiser
-from fastdistill.objectives import Denoising, KnowledgeDistillation, Objective
+from fastdistill.objectives import (
+    BacktrackingMethod,
+    Degradation,
+    Denoising,
+    KnowledgeDistillation,
+    Objective,
+)
 from fastdistill.optim.transfer import checksums
 from fastdistill.parallel import Parallel, Ranks
 
-STAGES = ("teacher", "warmup", "distill")
+STAGES = ("teacher", "warmup", "degradation", "distill")
 
 
 def _silent(line: str) -> None:
@@ -180,7 +189,8 @@ class Job:
                 log.restart(0)
             if self.recipe.teacher.training is not None:
                 self._train_teacher(newest, log)
-            return self._distill(self._warm_up(newest, log), newest, log)
+            start = self._warm_up(newest, log)
+            return self._distill(start, self._degrade(start, newest, log), newest, log)
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers of the run's teacher and saved student, under plain names."""
@@ -205,7 +215,7 @@ class Job:
         if settings is None:
             return Path(recipe.start) if recipe.start else None
         folder = self.folder / "warmup"
-        if newest is None or newest.stage != "distill":
+        if _is_at_most(newest, "warmup"):
             teacher = self._take_teacher()
             frozen = make_frozen(recipe, teacher)
             student = make_student(recipe, teacher, frozen)
@@ -226,12 +236,51 @@ class Job:
             self._save_averaged(trainer, folder, self._student_description())
         return folder
 
-    def _distill(
+    def _degrade(
         self, start: Path | None, newest: Checkpoint | None, log: RunLog | None
+    ) -> NodeFolder | None:
+        """The path from the teacher to the initial student, where the objective goes it back."""
+        recipe, settings = self.recipe, self.recipe.degradation
+        method = recipe.objective
+        if settings is None or not isinstance(method, BacktrackingMethod):
+            return None
+        nodes = NodeFolder(self.folder / "nodes", settings.nodes, settings.rank)
+        if not _is_at_most(newest, "degradation"):
+            return nodes
+        teacher = self._take_teacher()
+        generator = make_frozen(recipe, teacher)
+        if start is not None:
+            load_weights(start, generator)
+        if self.ranks.is_first:
+            nodes.save(0, teacher.network.state_dict(), self.say)
+        law = method.critic_law
+        copy = teacher.requires_grad_(True).train()
+        objective = Degradation(copy, generator, method.student_times, law)
+        self._prepare(generator, copy)
+        apart = settings.training.steps // settings.nodes
+        training = settings.training.model_copy(update={"sample_every": apart})
+
+        def keep(trainer: Trainer) -> None:
+            weights = trainer.weights()
+            if self.ranks.is_first:
+                named = {name.removeprefix("network."): value for name, value in weights.items()}
+                nodes.save(trainer.step // apart, named, self.say)
+
+        trainer = self._trainer("degradation", objective, training, log, on_sample=keep)
+        self._fit(trainer, newest if newest and newest.stage == "degradation" else None, log)
+        self.ranks.barrier()
+        return nodes
+
+    def _distill(
+        self,
+        start: Path | None,
+        path: NodeFolder | None,
+        newest: Checkpoint | None,
+        log: RunLog | None,
     ) -> dict[str, Any] | None:
         """The stage of the distillation, and what it made."""
         recipe = self.recipe
-        networks = RunNetworks(recipe, self._take_teacher(), start)
+        networks = RunNetworks(recipe, self._take_teacher(), start, path)
         objective = recipe.objective.build(networks).to(self.device)
         self._prepare(networks.teacher, objective.student)
         trainer = self._trainer("distill", objective, recipe.training, log)
@@ -284,6 +333,8 @@ class Job:
     ) -> None:
         """Save the trained network with averaged weights, whole."""
         weights = trainer.averaged_weights()
+        two_times = trainer.objective.student.two_times
+        description = description.model_copy(update={"two_times": two_times})
         if self.ranks.is_first:
             named = {name.removeprefix("network."): value for name, value in weights.items()}
             save_denoiser(folder, named, description, trainer.objective.student.start)
@@ -305,6 +356,7 @@ class Job:
         settings: TrainingSettings,
         log: RunLog | None,
         data: Data | None = None,
+        on_sample: Callable[[Trainer], None] | None = None,
     ) -> Trainer:
         if self.recipe.parallel.checkpoint_blocks:
             checkpoint_blocks(objective)
@@ -319,7 +371,7 @@ class Job:
             checkpoints=self._store(settings.keep_checkpoints),
             stage=stage,
             on_log=None if log is None else lambda row: log.write(row, memory_in_use(self.device)),
-            on_sample=lambda trainer: self._judge(trainer, log),
+            on_sample=on_sample or (lambda trainer: self._judge(trainer, log)),
             before_checkpoint=None if log is None else lambda: self._attach(log),
         )
 
@@ -360,6 +412,7 @@ class Job:
         stages = {
             "teacher.training": recipe.teacher.training,
             "warmup.training": recipe.warmup.training if recipe.warmup else None,
+            "degradation.training": recipe.degradation.training if recipe.degradation else None,
             "training": recipe.training,
         }
         for key, stage in stages.items():
@@ -383,6 +436,11 @@ class Job:
                     error.errno, f"another process is running in {self.folder}"
                 ) from None
             yield
+
+
+def _is_at_most(newest: Checkpoint | None, stage: str) -> bool:
+    """Whether a run whose newest checkpoint this is has still to do a stage, or to finish it."""
+    return newest is None or STAGES.index(newest.stage) <= STAGES.index(stage)
 
 
 def start_ranks(recipe: Recipe) -> Ranks:

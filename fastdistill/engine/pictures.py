@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.engine.saved import DenoiserDescription, DiffusersModel
+from fastdistill.models.latents import LatentDecoder
 
 
 class Pictures:
@@ -47,24 +48,25 @@ class Pictures:
         if self._vae is None:
             channels = 3 if samples.shape[1] >= 3 else 1
             return samples[:, :channels].float().cpu() / 3  # latents have about unit variance
-        config = self._vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        latents = samples.to(self.device, torch.float32) / config.scaling_factor + shift
         # One by one, since a decoder's activations are far larger than the denoiser's.
-        return torch.cat([self._vae.decode(one[None]).sample.cpu() for one in latents])
+        return torch.cat([self._vae(one[None].to(self.device)).cpu() for one in samples])
 
     @functools.cached_property
-    def _vae(self) -> Any:
-        """The autoencoder of the pipeline that the teacher came from; None where there is none."""
-        kind = None if self.source is None else _pipeline(self.source).get("vae")
-        if not kind:
-            return None
-        import diffusers
+    def _vae(self) -> LatentDecoder | None:
+        return None if self.source is None else find_decoder(self.source, self.device)
 
-        vae = getattr(diffusers, kind[1]).from_pretrained(
-            self.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
-        )
-        return vae.to(self.device).eval().requires_grad_(False)
+
+def find_decoder(source: str, device: torch.device) -> LatentDecoder | None:
+    """The decoder of the pipeline that a teacher comes from; None where there is none."""
+    kind = _pipeline(source).get("vae")
+    if not kind:
+        return None
+    import diffusers
+
+    vae = getattr(diffusers, kind[1]).from_pretrained(
+        source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+    )
+    return LatentDecoder(vae.to(device))
 
 
 def _pipeline(source: str) -> Mapping[str, Any]:

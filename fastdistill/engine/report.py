@@ -7,17 +7,16 @@ effective sample size of the weights h, and the student's Frechet distance and V
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdistill.config import Recipe, dump_recipe
+from fastdistill.engine.figures import embed, embed_figure, new_figure, render, scale, series
 from fastdistill.engine.log import METRICS, TIMINGS
 from fastdistill.engine.metrics import read_rows
 
-_COMPARED = {
+COMPARED = {
     "frechet_pixel": "Fréchet distance, pixels",
     "frechet_features": "Fréchet distance, classifier features",
     "precision": "precision",
@@ -27,6 +26,7 @@ _COMPARED = {
     "class_share_max": "largest share of a class",
     "seconds_per_thousand": "seconds per 1,000 images",
 }
+"""Metrics of a summary that teacher and student both have, and what they are called."""
 REAL = {
     "frechet_pixel": "frechet_pixel_real_halves",
     "frechet_features": "frechet_features_real_halves",
@@ -38,7 +38,7 @@ REAL = {
 def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (metric, teacher, student, real data) of what was measured, as text."""
     rows: list[tuple[str, ...]] = []
-    for name, label in _COMPARED.items():
+    for name, label in COMPARED.items():
         if f"{name}_student" not in summary:
             continue  # only digits have scores
         real = summary[REAL[name]] if name in REAL else None
@@ -49,24 +49,20 @@ def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def write_report(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> Path:
     """Write ``report.html`` from what the run's folder holds; it needs no other file."""
-    import jinja2
-
     rows = read_rows(folder / METRICS)
     training = [row for row in rows if "student/loss" in row]
     distill = [row for row in training if row["stage"] == "distill"]
     scores = [row for row in rows if "evaluation/vendi" in row]
     timings = [row for row in read_rows(folder / TIMINGS) if row["stage"] == "distill"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         recipe=recipe,
         summary=summary,
         comparison=comparison(summary),
-        grid=_embed((folder / "grid.png").read_bytes()),
+        grid=embed((folder / "grid.png").read_bytes()),
         figures=_figures(training, distill, scores, timings),
         samples=[
-            (path.stem, _embed(path.read_bytes()))
+            (path.stem, embed(path.read_bytes()))
             for path in sorted((folder / "samples").glob("*.png"))
         ],
         yaml=dump_recipe(recipe),
@@ -90,6 +86,12 @@ def _figures(
             "Warm-up",
             "Squared distance of the student's samples to the teacher's from the same noise.",
             [row for row in training if row["stage"] == "warmup"],
+            ["student/loss"],
+        ),
+        _curves(
+            "Degradation",
+            "Denoising loss of a copy of the teacher on samples of the initial student.",
+            [row for row in training if row["stage"] == "degradation"],
             ["student/loss"],
         ),
         _curves(
@@ -159,21 +161,15 @@ def _curves(
     present = [name for name in names if any(name in row for row in rows)]
     if not present:
         return None
-    figure, axis = _figure()
+    figure, axis = new_figure()
     for k, name in enumerate(present):
-        points = _points(rows, name)
-        axis.plot(*points, color=f"C{k}", label=name.removeprefix("evaluation/"))
+        axis.plot(*series(rows, name), color=f"C{k}", label=name.removeprefix("evaluation/"))
         if references:
-            axis.plot(*_points(rows, references[names.index(name)]), color=f"C{k}", ls=":")
-    _scale(axis, [value for name in present for value in _points(rows, name)[1]])
+            axis.plot(*series(rows, references[names.index(name)]), color=f"C{k}", ls=":")
+    scale(axis, [value for name in present for value in series(rows, name)[1]])
     axis.set_xlabel("step")
     axis.legend(fontsize=7, frameon=False)
-    return title, text, _embed_figure(figure)
-
-
-def _points(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    chosen = [row for row in rows if row.get(name) is not None]
-    return [row["step"] for row in chosen], [row[name] for row in chosen]
+    return title, text, embed_figure(figure)
 
 
 def _levels(
@@ -185,7 +181,7 @@ def _levels(
         return None
     import matplotlib
 
-    figure, axis = _figure()
+    figure, axis = new_figure()
     bins = len(chosen[0][name])
     colours = matplotlib.colormaps["viridis"]
     seen = []
@@ -194,32 +190,7 @@ def _levels(
         if points:
             seen += [value for _, value in points]
             axis.plot(*zip(*points, strict=True), color=colours(k / bins), lw=1, label=str(k))
-    _scale(axis, seen)
+    scale(axis, seen)
     axis.set_xlabel("step")
     axis.legend(fontsize=6, frameon=False, title="log-SNR bin", title_fontsize=6, ncols=2)
-    return title, text, _embed_figure(figure)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-    axis = figure.subplots()
-    axis.grid(alpha=0.25)
-    return figure, axis
-
-
-def _scale(axis: Any, values: list[float]) -> None:
-    """A logarithmic axis for positive values over more than a decade."""
-    if values and min(values) > 0 and max(values) > 10 * min(values):
-        axis.set_yscale("log")
-
-
-def _embed_figure(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return _embed(buffer.getvalue(), "svg+xml")
-
-
-def _embed(picture: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+    return title, text, embed_figure(figure)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fastdistill.choices import DigitsModel, PretrainedModel
+from fastdistill.choices import DigitsModel, PretrainedModel, RewardChoice
 from fastdistill.config import Recipe, RecipeError
+from fastdistill.engine.rewards import make_reward
 from fastdistill.engine.saved import (
     DenoiserDescription,
     DiffusersModel,
@@ -20,7 +21,8 @@ from fastdistill.engine.saved import (
 )
 from fastdistill.gaussian import Gaussian, load_gaussian
 from fastdistill.models import Denoiser
-from fastdistill.objectives import Discriminator, Objective
+from fastdistill.objectives import Discriminator, Objective, Reward
+from fastdistill.objectives.backtracking import DegradationPath
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> SavedDenoiser:
@@ -123,10 +125,18 @@ class RunNetworks:
         teacher: as `load_teacher` gives it. It may become the critic, so that no more copies are
             made than the run needs: use ``self.teacher`` afterwards.
         start: a saved student to begin with, as a warm-up's.
+        path: the degradation path, where a stage before made one.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Denoiser,
+        start: Path | None = None,
+        path: DegradationPath | None = None,
+    ) -> None:
         self.recipe, self.training = recipe, recipe.training
+        self.path = path
         self._given = teacher
         self.teacher = make_frozen(recipe, teacher)
         self.student = make_student(recipe, teacher, self.teacher)
@@ -145,6 +155,10 @@ class RunNetworks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed + 1)
             return Discriminator(self.teacher.network.feature_shapes)
+
+    def reward(self, choice: RewardChoice) -> Reward:
+        device = next(self.teacher.parameters()).device
+        return make_reward(choice, self.recipe.teacher.path, device)
 
 
 def make_objective(recipe: Recipe, teacher: Denoiser, start: Path | None = None) -> Objective:

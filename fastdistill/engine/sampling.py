@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Noise, few_step, heun, karras_sigmas
 from fastdistill.models import Condition, Denoiser
-from fastdistill.models.denoiser import concatenate_conditions
 
 EVALUATION_STEP = 2**32 - 1
 """The step of noise that no training step uses."""
@@ -104,11 +103,10 @@ def solve(
     alpha, sigma = process.alpha_sigma(process.time_of_position(torch.tensor([0.0, 1.0])))
     lowest, highest = (sigma / alpha).tolist()  # a flow's highest is infinite: take EDM's
     sigmas = karras_sigmas(steps, max(lowest, 0.002), min(highest, 80.0))
-    if guidance_scale == 1:
-        denoise = functools.partial(_denoise, teacher, conditions.condition)
-    else:
-        both = concatenate_conditions(*conditions)
-        denoise = functools.partial(_guided, teacher, both, guidance_scale)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return teacher.guided(x_t, t, *conditions, guidance_scale)
+
     return heun(denoise, z, process, sigmas)
 
 
@@ -123,12 +121,6 @@ def _by_batches(
 
 def _denoise(denoiser: Denoiser, condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:
     return denoiser(x_t, t, condition)
-
-
-def _guided(denoiser: Denoiser, both: Condition, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
-    """D without the condition, and ``scale`` times the way from there to D with it."""
-    conditional, unconditional = denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), both).chunk(2)
-    return unconditional + scale * (conditional - unconditional)
 
 
 def balanced_labels(classes: int, count: int, device: torch.device) -> Tensor | None:

@@ -45,6 +45,8 @@ class DenoiserDescription(Settings):
     parametrisation: ParametrisationChoice
     times: tuple[float, ...] | None = None
     """A student's times from the noisiest on; None for a denoiser that is sampled by an ODE."""
+    two_times: bool = False
+    """Whether the network is told a second time, as mean_flow's student is."""
 
     @classmethod
     def of(cls, recipe: Recipe, shape: tuple[int, ...], classes: int) -> DenoiserDescription:
@@ -67,7 +69,10 @@ class DenoiserDescription(Settings):
         """A denoiser with fresh weights, which depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Denoiser(self._network(), self.process, self.parametrisation)
+            denoiser = Denoiser(self._network(), self.process, self.parametrisation)
+        if self.two_times:
+            denoiser.add_second_time()
+        return denoiser
 
     def _network(self) -> Any:
         model = self.model
@@ -138,7 +143,7 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Sav
 
 
 def load_weights(folder: Path, denoiser: Denoiser) -> None:
-    """Fill a denoiser with the weights of a saved one of its kind.
+    """Fill a denoiser with the weights of a saved one of its kind, which may have a second time.
 
     Of a network with LoRA weights these alone are read: the base is what it is.
 
@@ -147,6 +152,8 @@ def load_weights(folder: Path, denoiser: Denoiser) -> None:
         ValueError: for weights of another network.
     """
     check_folder(folder)
+    if read_document(folder, "config").get("two_times"):
+        denoiser.add_second_time()
     rebuilt: frozenset[str] = getattr(denoiser.network, "rebuilt", frozenset())
     tensors = read_tensors(folder, "model")
     weights = {name: value for name, value in tensors.items() if name not in rebuilt}

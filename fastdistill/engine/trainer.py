@@ -240,15 +240,22 @@ class Trainer:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The student's state dict with averaged weights, whole on every rank, on the CPU."""
+        return self._whole_weights("ema_0")
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's state dict as it is now, in float32, whole on every rank, on the CPU."""
+        return self._whole_weights("parameter")
+
+    def _whole_weights(self, part: str) -> dict[str, Tensor]:
         arena = self.arenas["student"]
         weights = {
             name.removeprefix("student."): _whole(value)
             for name, value in self._untrained.items()
             if name.startswith("student.")
         }
-        averages = arena.whole("ema_0")
+        trained = arena.whole(part)
         for entry in arena.layout.entries:
-            weights |= dict.fromkeys(entry.names, averages[entry.names[0]])
+            weights |= dict.fromkeys(entry.names, trained[entry.names[0]])
         return weights
 
     def save(self) -> None:

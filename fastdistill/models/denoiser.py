@@ -21,7 +21,10 @@ class Network(Protocol):
     def __call__(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition
     ) -> Tensor:
-        """Raw output F, of the shape of ``model_input``."""
+        """Raw output F, of the shape of ``model_input``.
+
+        ``noise_condition`` is [B], or [B, 2] for a network with ``two_times``: see `Denoiser`.
+        """
 
     def features(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition
@@ -52,6 +55,10 @@ class Level(NamedTuple):
 class Denoiser(nn.Module):
     """D(x_t, t) = a x_t + b F(c_in x_t, t): one of the roles teacher, student or critic.
 
+    A network whose ``two_times`` is true is also told how far to lead the sample, as MeanFlow's is:
+    its noise condition is [B, 2], of t and of the way s_t - s_r in flow time s = sigma /
+    (alpha + sigma), in [0, 1]. Unless told otherwise it leads all the way, to s_r = 0.
+
     Args:
         network: computes the raw output F.
         process: forward process that the network was trained on.
@@ -79,16 +86,45 @@ class Denoiser(nn.Module):
         self.input_dtype = input_dtype
         self.start = None
 
-    def level(self, t: Tensor) -> Level:
-        """Coefficients at times t [B]."""
+    @property
+    def two_times(self) -> bool:
+        """Whether the network is told a second time."""
+        return getattr(self.network, "two_times", False)
+
+    def add_second_time(self) -> None:
+        """Let the network take a second time, without changing any of its answers yet.
+
+        Raises:
+            ValueError: for a network that has no place for one.
+        """
+        if self.two_times:
+            return
+        if not hasattr(self.network, "add_second_time"):
+            raise ValueError(
+                f"{type(self.network).__name__} has no second time, which mean_flow tells its "
+                "student; choose another method, or give the network an add_second_time()"
+            )
+        self.network.add_second_time()
+
+    def level(self, t: Tensor, until: Tensor | None = None) -> Level:
+        """Coefficients at times t [B], and what the network is told.
+
+        Args:
+            t: times [B] in the process' clock.
+            until: flow time s_r [B] to which a network with two times leads; 0 if None.
+        """
         alpha, sigma = self.process.alpha_sigma(t)
+        noise_condition = self.parametrisation.noise_condition(t, alpha, sigma)
+        if self.two_times:
+            way = sigma / (alpha + sigma) - (0 if until is None else until)
+            noise_condition = torch.stack((noise_condition, way), dim=1)
         return Level(
             t,
             alpha,
             sigma,
             self.parametrisation.coefficients(alpha, sigma),
             self.parametrisation.input_scale(alpha, sigma),
-            self.parametrisation.noise_condition(t, alpha, sigma),
+            noise_condition,
         )
 
     def first_input(self, noise: Tensor, t: Tensor) -> Tensor:
@@ -98,9 +134,18 @@ class Denoiser(nn.Module):
         scale = self.process.start_scale(t).to(noise.dtype)
         return scale.reshape(-1, *[1] * (noise.ndim - 1)) * noise
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
-        """Denoised sample D(x_t, t) in the dtype of x_t  # [B, ...]"""
-        level = self.level(t)
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition = None,
+        until: Tensor | None = None,
+    ) -> Tensor:
+        """Denoised sample D(x_t, t) in the dtype of x_t  # [B, ...]
+
+        ``until`` is that of `level`.
+        """
+        level = self.level(t, until)
         shape = (-1, *[1] * (x_t.ndim - 1))
         model_input = x_t if level.input_scale is None else level.input_scale.reshape(shape) * x_t
         raw = self.network(
@@ -108,6 +153,16 @@ class Denoiser(nn.Module):
         )
         a, b = (number.reshape(shape).to(x_t.dtype) for number in level.coefficients)
         return a * x_t + b * raw
+
+    def guided(
+        self, x_t: Tensor, t: Tensor, condition: Condition, uncondition: Condition, scale: float
+    ) -> Tensor:
+        """D without the condition, and ``scale`` times the way from there to D with it."""
+        if scale == 1:
+            return self(x_t, t, condition)
+        both = concatenate_conditions(condition, uncondition)
+        conditional, unconditional = self(torch.cat((x_t, x_t)), torch.cat((t, t)), both).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
 
 
 def concatenate_conditions(first: Condition, second: Condition) -> Condition:

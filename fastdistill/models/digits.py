@@ -51,6 +51,7 @@ class DigitsNetwork(nn.Module):
     ) -> None:
         super().__init__()
         pixels, frequencies = math.prod(shape), 16
+        self.two_times = False
         self.shape, self.width = shape, width
         self.recompute = False
         scale = torch.linspace(math.log(0.5), math.log(16.0), frequencies).exp()
@@ -65,6 +66,14 @@ class DigitsNetwork(nn.Module):
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
         self.leave = nn.Sequential(nn.LayerNorm(width), output)
+
+    def add_second_time(self) -> None:
+        """Let noise conditions be [B, 2]; the second changes nothing before it is trained."""
+        second = nn.Linear(2 * len(self.frequencies), self.mix.in_features)
+        nn.init.zeros_(second.weight)
+        nn.init.zeros_(second.bias)
+        self.second = second.to(self.mix.weight)
+        self.two_times = True
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -100,8 +109,11 @@ class DigitsNetwork(nn.Module):
     def _hidden(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition
     ) -> list[Tensor]:
-        phase = noise_condition[:, None] * self.frequencies
-        embedding = self.level(torch.cat((phase.cos(), phase.sin()), dim=1).to(model_input.dtype))
+        first = noise_condition[:, 0] if self.two_times else noise_condition
+        embedding = self.level(self._waves(first).to(model_input.dtype))
+        if self.two_times:
+            second = self._waves(noise_condition[:, 1]).to(model_input.dtype)
+            embedding = embedding + self.second(second)
         if self.classes is not None:
             embedding = embedding + self.classes(condition)
         embedding = F.silu(self.mix(embedding))
@@ -114,6 +126,10 @@ class DigitsNetwork(nn.Module):
                 hidden = block(hidden, embedding)
             states.append(hidden)
         return states
+
+    def _waves(self, level: Tensor) -> Tensor:
+        phase = level[:, None] * self.frequencies
+        return torch.cat((phase.cos(), phase.sin()), dim=1)
 
     def _finish(self, hidden: Tensor) -> Tensor:
         raw = self.leave(hidden).unflatten(1, self.shape)

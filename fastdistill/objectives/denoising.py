@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Parametrisation, TimestepLaw, loss_weight
-from fastdistill.models import Denoiser, Level
+from fastdistill.models import Condition, Denoiser, Level
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.ops import denoising_cotangent, log_snr_bin, renoise
 
@@ -27,7 +28,13 @@ def noised_for(
 ) -> Noised:
     """Clean samples [B, ...] at times of a law, with the noise of the stream."""
     t = law.sample(denoiser.process, batch.noise, f"{stream}-t", batch.index)
-    level = denoiser.level(t)
+    return noised_at(denoiser, denoiser.level(t), batch, sample, stream)
+
+
+def noised_at(
+    denoiser: Denoiser, level: Level, batch: Batch, sample: Tensor, stream: str
+) -> Noised:
+    """Clean samples [B, ...] at a noise level, with the noise of the stream."""
     x_t, model_input = renoise(
         sample,
         level.alpha,
@@ -76,6 +83,29 @@ def denoising_update(
     return pair, loss, level
 
 
+def drop_conditions(batch: Batch, rate: float, stream: str) -> Condition:
+    """The condition of a batch with the null one in its place for a share of the samples.
+
+    Raises:
+        ValueError: where condition and null condition differ in structure.
+    """
+    dropped = batch.noise.uniform(stream, batch.index) < rate
+
+    def choose(null: Tensor | None, given: Tensor | None) -> Tensor | None:
+        if null is None or given is None:
+            return given
+        return torch.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), null, given)
+
+    leaves, spec = pytree.tree_flatten(batch.condition)
+    nulls, null_spec = pytree.tree_flatten(batch.uncondition)
+    if spec != null_spec or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"conditions are to be dropped, but they are {spec} and the null ones {null_spec}; "
+            "give data with conditions and a null condition of the same structure"
+        )
+    return pytree.tree_unflatten(list(map(choose, nulls, leaves)), spec)
+
+
 class Denoising(Objective):
     """Denoising score matching of one network, ``student``, on real data.
 
@@ -105,10 +135,8 @@ class Denoising(Objective):
 
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         if self.condition_dropout > 0:
-            dropped = batch.noise.uniform("condition-dropout", batch.index) < self.condition_dropout
-            batch = dataclasses.replace(
-                batch, condition=torch.where(dropped, batch.uncondition, batch.condition)
-            )
+            condition = drop_conditions(batch, self.condition_dropout, "condition-dropout")
+            batch = dataclasses.replace(batch, condition=condition)
         pair, loss, level = denoising_update(
             self.student, batch, sample, self.law, self.loss_space, "denoising"
         )

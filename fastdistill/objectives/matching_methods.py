@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from fastdistill.choices import LawChoice
+from fastdistill.choices import LawChoice, RewardChoice, check_reward
 from fastdistill.objectives.distribution_matching import (
     DistributionMatching,
     MatchingSettings,
+    check_entropy,
     check_sharing,
 )
 from fastdistill.objectives.divergences import get_divergence
@@ -56,17 +57,32 @@ class DistributionMatchingMethod(Method):
     share_feature_forward: bool = False
     """Let the pass of the critic's loss yield the discriminator's features of generated samples,
     which then is trained at critic_law's times."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """ESD's lambda: the critic is read as lambda D(x_t, no condition) + (1 - lambda) D(x_t,
+    condition), for samples that differ between conditions; 0 reads it with the condition alone."""
+    critic_condition_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the critic's training samples that are shown the null condition."""
+    reward: RewardChoice | None = None
+    """What samples are wanted to be like; null is no reward."""
+    reward_weight: float = Field(default=0.0, ge=0)
+    """Weight of the reward in the student's loss (mean-reduction convention)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistributionMatchingMethod:
         get_divergence(self.divergence)
         check_sharing(self)
+        check_entropy(self)
+        check_reward(self.reward, self.reward_weight)
         return self
 
     @property
     def needs_discriminator(self) -> bool:
         """Whether the method reads a discriminator."""
         return self.gan_weight > 0 or get_divergence(self.divergence).needs_ratio
+
+    @property
+    def needs_null(self) -> bool:
+        return super().needs_null or self.critic_condition_dropout > 0
 
     @property
     def needs_real(self) -> bool:
@@ -83,19 +99,24 @@ class DistributionMatchingMethod(Method):
             divergence=get_divergence(self.divergence), **self.model_dump(include=names)
         )
 
-    def build(self, networks: Networks) -> DistributionMatching:
+    def parts(self, networks: Networks) -> dict[str, Any]:
+        """The arguments of the objective."""
         teacher, stand_in = networks.teacher, self.stand_in
-        return DistributionMatching(
-            networks.student,
-            teacher,
-            networks.critic(),
-            self.student_times,
-            self.matching_law,
-            self.critic_law,
-            discriminator=networks.discriminator() if self.needs_discriminator else None,
-            settings=self.matching_settings(),
-            stand_in=None if stand_in is None else stand_in.load(teacher, self.matching_law),
-        )
+        return {
+            "student": networks.student,
+            "teacher": teacher,
+            "critic": networks.critic(),
+            "student_times": self.student_times,
+            "matching_law": self.matching_law,
+            "critic_law": self.critic_law,
+            "discriminator": networks.discriminator() if self.needs_discriminator else None,
+            "settings": self.matching_settings(),
+            "reward": None if self.reward is None else networks.reward(self.reward),
+            "stand_in": None if stand_in is None else stand_in.load(teacher, self.matching_law),
+        }
+
+    def build(self, networks: Networks) -> DistributionMatching:
+        return DistributionMatching(**self.parts(networks))
 
 
 class DiffInstruct(DistributionMatchingMethod):
@@ -105,6 +126,31 @@ class DiffInstruct(DistributionMatchingMethod):
     """diff_instruct: reverse KL without a normaliser."""
     normalise: bool = False
     """Divide the score gap by DMD's mean |x - D_teacher|, which Diff-Instruct does not."""
+
+
+class DiffInstructPlusPlus(DiffInstruct):
+    """Diff-Instruct++ (arXiv 2410.18881): Diff-Instruct with a reward."""
+
+    name: Literal["diff_instruct_plus_plus"]  # type: ignore[assignment]
+    """diff_instruct_plus_plus: reverse KL without a normaliser, with a reward."""
+    reward: RewardChoice
+    """What samples are wanted to be like."""
+    reward_weight: PositiveFloat
+    """Weight of the reward in the student's loss (mean-reduction convention)."""
+
+
+class ESD(DistributionMatchingMethod):
+    """Entropic Score Distillation (arXiv 2401.00909), with the lambda that its authors suggest."""
+
+    name: Literal["esd"]  # type: ignore[assignment]
+    """esd: reverse KL with an entropy of the samples of all conditions together."""
+    normalise: bool = False
+    """Divide the score gap by DMD's mean |x - D_teacher|, which ESD does not."""
+    entropy_weight: float = Field(default=0.5, ge=0)
+    """ESD's lambda: the critic is read as lambda D(x_t, no condition) + (1 - lambda) D(x_t,
+    condition), for samples that differ between conditions; 0 reads it with the condition alone."""
+    critic_condition_dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the critic's training samples that are shown the null condition."""
 
 
 class DMD(DistributionMatchingMethod):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import Field
 
-from fastdistill.choices import Settings
+from fastdistill.choices import RewardChoice, Settings
 from fastdistill.models import Denoiser
 from fastdistill.objectives.base import Objective
 from fastdistill.objectives.discriminator import Discriminator
+from fastdistill.objectives.reward import Reward
 
 if TYPE_CHECKING:
     from fastdistill.config import TrainingSettings
@@ -37,6 +38,9 @@ class Networks(Protocol):
     def discriminator(self) -> Discriminator:
         """A discriminator on features of the teacher's shapes."""
 
+    def reward(self, choice: RewardChoice) -> Reward:
+        """The reward that a recipe names."""
+
 
 class Method(Settings, abc.ABC):
     """A distillation method: its numbers, and how its objective is made.
@@ -56,6 +60,11 @@ class Method(Settings, abc.ABC):
     def needs_real(self) -> bool:
         """Whether the method learns from real samples."""
         return False
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the method reads the null condition."""
+        return self.guidance_scale != 1.0
 
     @property
     def trains(self) -> tuple[str, ...]:

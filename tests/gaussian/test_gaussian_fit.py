@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.gaussian import Fit, Fitter, cluster_centres, fit_gaussian
+from fastdistill.gaussian import Fit, Fitter, cluster_centres, fit_gaussian, moments
 from fastdistill.gaussian.principal import (
     principal_of_matrix,
     principal_of_sketch,
@@ -53,6 +53,23 @@ def test_what_is_left_out_goes_into_the_floor_and_is_reported_by_rank():
     assert gaussian.fit.total_variance == pytest.approx(float(values.sum()))
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Products of seven rows of 40, where a stream this short would fit into one."""
+    monkeypatch.setattr(moments, "_CHUNK_BYTES", 7 * 40 * 8)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "sketch"])
+def test_many_chunks_have_the_moments_of_all(exact):
+    x = samples(39, (40,), shift=100.0)
+    gaussian = fit_gaussian(x.split(5), rank=40, exact_bytes=2**30 if exact else 0)
+    mean, expected = moments_of(x)
+    torch.testing.assert_close(gaussian.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(covariance(gaussian), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "sketch"])
 def test_order_and_batches_do_not_matter(exact):
     x = samples(300, (40,))

@@ -43,7 +43,7 @@ def test_guidance_in_one_forward_is_guidance_in_two():
     batch = Batch(torch.arange(4), Noise(3), 0.25, data.shape, *data.batch(0, 0, 4))
     level = teacher.level(torch.tensor([20.0, 300.0, 500.0, 990.0]))
     assert batch.real is not None
-    found = objective._guided(level, batch.real, batch, None)
+    found = objective._with_and_without(teacher, level, batch.real, batch)
     for raw, condition in zip(found, (batch.condition, batch.uncondition), strict=True):
         expected = teacher.network(batch.real, level.noise_condition, condition)
         torch.testing.assert_close(raw, expected, rtol=1e-4, atol=1e-5)

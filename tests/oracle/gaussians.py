@@ -53,11 +53,16 @@ class Gaussians:
         return teacher, self.mean + gain * (x_t - self.alpha * self.mean)
 
 
-def random_configurations() -> Iterator[Gaussians]:
-    """Three configurations, one a process; teacher wider than the student, for finite tails."""
+def random_cases() -> Iterator[tuple[EDM | VP | RectifiedFlow, float, Gaussians]]:
+    """Three random configurations with their process and time; teacher wider than the student."""
     generator = np.random.default_rng()
     for process, t in ((EDM(), 0.4), (VP.dit(), 250.0), (RectifiedFlow(), 0.4)):
         mean, scale, variance, shift = generator.uniform((0.2, 0.5, 0.9, 0.8), (0.9, 0.8, 1.5, 1.2))
         time = torch.tensor(t * shift, dtype=torch.float64)
         alpha, sigma = (float(value) for value in process.alpha_sigma(time))
-        yield Gaussians(mean, scale, variance, alpha, sigma)
+        yield process, float(time), Gaussians(mean, scale, variance, alpha, sigma)
+
+
+def random_configurations() -> Iterator[Gaussians]:
+    """The configurations of `random_cases`."""
+    return (gaussians for _, _, gaussians in random_cases())
