@@ -61,7 +61,7 @@ def train(teacher: Denoiser, variant: Variant, seed: int, steps: int, batch: int
     settings = load_recipe(
         "digits",
         [f"training.steps={steps}", f"training.batch_size={batch}"],
-    ).training.model_copy(update={"sample_every": steps // 4, "checkpoint_every": steps})
+    ).training.model_copy(update={"sample_every": steps // 2, "checkpoint_every": steps})
     student, critic = copy.deepcopy(teacher).train(), copy.deepcopy(teacher).train()
     student.start = variant.start
     stand_in = None
@@ -101,8 +101,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=64)
     given = parser.parse_args()
     torch.set_num_threads(1)
     teacher = load_denoiser(given.teacher).denoiser
