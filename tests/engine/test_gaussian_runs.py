@@ -15,9 +15,11 @@ from fastdistill.cli import app
 from fastdistill.config import RecipeError
 from fastdistill.data import digits
 from fastdistill.diffusion import Noise
+from fastdistill.engine import sampling
 from fastdistill.engine.export import export
 from fastdistill.engine.gaussian import FitSettings, fit_source
 from fastdistill.engine.job import Job
+from fastdistill.engine.judge import Judge
 from fastdistill.engine.sampling import EVALUATION_STEP, sample_student
 from fastdistill.engine.saved import load_denoiser
 from fastdistill.gaussian import GaussianMixture, fit_gaussian, load_gaussian, save_gaussian
@@ -25,6 +27,16 @@ from fastdistill.gaussian import GaussianMixture, fit_gaussian, load_gaussian, s
 
 def quiet(line: str) -> None:
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unjudged():
+    """Runs without scores and timings, which take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "scores", lambda *_: {})
+        seconds = {"teacher": 1.0, "student": 1.0}
+        patch.setattr(sampling, "seconds_per_thousand", lambda *_, **__: seconds)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +56,7 @@ def finished(files, tmp_path_factory) -> Path:
     recipe = small_recipe(
         f"start_noise={files / 'one.safetensors'}",
         f"objective.stand_in={{gaussian: {files / 'classes.safetensors'}, above: 2.5}}",
+        *("training.steps=16", "teacher.training.steps=10", "evaluation.samples=100"),
     )
     Job.create(folder, recipe, quiet).run()
     return folder
@@ -79,7 +92,7 @@ def test_a_saved_student_starts_as_it_was_trained(files, finished):
 def test_a_run_continues_bitwise(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "checkpoints" / "distill-000000040")
+    shutil.rmtree(folder / "checkpoints" / "distill-000000016")
     shutil.rmtree(folder / "student")
     Job.open(folder, quiet).run()
     for name in ("student/model.safetensors", "student/start.safetensors", "metrics.jsonl"):
