@@ -17,8 +17,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     TypeAdapter,
+    model_validator,
 )
 from pydantic_core import core_schema
 
@@ -129,6 +131,22 @@ class DigitsModel(Settings):
     """Width of the hidden layers."""
     blocks: PositiveInt = 3
     """Residual blocks."""
+    omega: bool = False
+    """An input for what a conditioned augmentation has drawn."""
+
+
+class MLPModel(Settings):
+    """The residual MLP for vectors, trained in the run itself."""
+
+    name: Literal["mlp"]
+    """mlp: the network of student and critic, and of a teacher that is not exact."""
+    width: PositiveInt = 128
+    """Width of the hidden layers."""
+    blocks: PositiveInt = 3
+    """Residual blocks."""
+    octaves: NonNegativeInt = 0
+    """Sines and cosines of the inputs at 1, 2, 4, ... that are read beside them: networks of few
+    inputs are too smooth for narrow modes without."""
 
 
 class PretrainedModel(Settings):
@@ -185,16 +203,39 @@ class LabelSet(Settings):
     """labels: every class of the network alike."""
 
 
+class MixtureSet(Settings):
+    """A Gaussian mixture, of which the density and all scores are known."""
+
+    name: Literal["mixture"]
+    """mixture: endless samples, drawn by the seed and the step."""
+    preset: Literal["ring", "correlated"]
+    """ring: equal round modes on a circle in the plane. correlated: modes with covariances and
+    weights of their own, from a fixed seed, in any dimension; one mode is a Gaussian."""
+    modes: PositiveInt = 8
+    """Number of modes."""
+    dimensions: PositiveInt = 2
+    """Numbers of one sample; a ring has two."""
+
+    @model_validator(mode="after")
+    def _ring_is_plane(self) -> MixtureSet:
+        if self.preset == "ring" and self.dimensions != 2:
+            raise ValueError(
+                f"a ring lies in the plane, but dimensions is {self.dimensions}; choose preset "
+                "correlated"
+            )
+        return self
+
+
 def _named(value: Any) -> Any:
     """A bare name as the mapping that it is short for."""
     return {"name": value} if isinstance(value, str) else value
 
 
 ModelChoice = Annotated[
-    DigitsModel | PretrainedModel, Field(discriminator="name"), BeforeValidator(_named)
+    DigitsModel | MLPModel | PretrainedModel, Field(discriminator="name"), BeforeValidator(_named)
 ]
 DataChoice = Annotated[
-    DigitsSet | EncodedSet | ImageSet | LabelSet,
+    DigitsSet | EncodedSet | ImageSet | LabelSet | MixtureSet,
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]

@@ -33,7 +33,7 @@ from fastdistill.choices import (
     nearest,
 )
 from fastdistill.diffusion import timesteps
-from fastdistill.objectives import METHODS, BacktrackingMethod, Method
+from fastdistill.objectives import METHODS, AugmentationSettings, BacktrackingMethod, Method
 from fastdistill.optim.schedule import Schedule
 
 
@@ -159,10 +159,15 @@ class TeacherSettings(Settings):
     """Variant of the weight files, as fp16."""
     revision: str | None = None
     """Revision of a model on the Hub."""
+    exact: bool = False
+    """Score with the data's own density, where they are a mixture: a teacher without error, while
+    student and critic start from the network that is trained or given here."""
     law: LawChoice = timesteps.LogNormalSigma()
     """Law of its training times."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the samples that train the null condition; guidance needs some."""
+    augmentation: AugmentationSettings | None = None
+    """ScoreAug in its training, for few data; null trains it on plain samples."""
     training: TrainingSettings | None = None
     """How it is trained; null with a path."""
     sampler_steps: PositiveInt = 18
@@ -180,6 +185,8 @@ class TeacherSettings(Settings):
     def _one_source(self) -> TeacherSettings:
         if self.path is not None and self.training is not None:
             raise ValueError("needs either path or training, and not both")
+        if self.path is not None and self.augmentation is not None:
+            raise ValueError("augmentation is set, but a teacher with a path is not trained here")
         _check_trains_one(self.training, "a teacher's")
         return self
 
@@ -255,9 +262,9 @@ class Recipe(Settings):
     threads: PositiveInt = 2
     """CPU threads; a run on a CPU repeats bitwise for one number of threads on one machine."""
     data: DataChoice
-    """Data set: digits, encoded, images or labels."""
+    """Data set: digits, mixture, encoded, images or labels."""
     model: ModelChoice
-    """Network of all roles: digits or pretrained."""
+    """Network of all roles: digits, mlp or pretrained."""
     process: ProcessChoice | None = None
     """Forward process; of a pretrained teacher it is read, and checked where it is given."""
     parametrisation: ParametrisationChoice | None = None
@@ -321,17 +328,47 @@ class Recipe(Settings):
             )
         return self
 
+    @property
+    def augmentations(self) -> dict[str, AugmentationSettings]:
+        """What transforms samples, by its key."""
+        found = {
+            "teacher.augmentation": self.teacher.augmentation,
+            "objective.critic_augmentation": getattr(self.objective, "critic_augmentation", None),
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _augmentation_can_be_told(self) -> Recipe:
+        for key, augmentation in self.augmentations.items():
+            if augmentation.conditioned and not getattr(self.model, "omega", False):
+                raise ValueError(
+                    f"{key}.conditioned is set, but model {self.model.name} cannot be told what "
+                    "was drawn: set model.omega where it has the key (digits), or choose "
+                    "transformations that need no telling"
+                )
+        return self
+
     @model_validator(mode="after")
     def _model_and_data_fit(self) -> Recipe:
         if self.warmup is not None and self.start is not None:
             raise ValueError("start is set, but a student that starts elsewhere needs no warmup")
         if self.model.name == "pretrained" and self.teacher.training is not None:
             raise ValueError("teacher.training is set, but a pretrained model is not trained here")
-        if self.model.name == "digits":
-            if self.data.name != "digits":
-                raise ValueError(f"model digits is for the digits, but data is {self.data.name}")
+        own = {"digits": "digits", "mlp": "mixture"}.get(self.model.name)
+        if own is not None:
+            if self.data.name != own:
+                raise ValueError(
+                    f"model {self.model.name} is for data {own}, but data is {self.data.name}"
+                )
             if self.teacher.path is None and self.teacher.training is None:
                 raise ValueError("teacher needs either path or training")
+        elif self.data.name in ("digits", "mixture"):
+            raise ValueError(f"data {self.data.name} is not for pretrained models")
+        if self.data.name == "mixture":
+            if (self.teacher.guidance_scale, self.objective.guidance_scale) != (1, 1):
+                raise ValueError("guidance_scale is set, but a mixture has no classes to guide by")
+        elif self.teacher.exact:
+            raise ValueError(f"teacher.exact needs data mixture, but data is {self.data.name}")
         if self.data.name == "labels" and self.objective.needs_real:
             raise ValueError(
                 f"data labels has no real samples, but objective {self.objective.name} learns from "

@@ -6,6 +6,7 @@ from fastdistill.data.encoded import EncodedData
 from fastdistill.data.images import ImageData
 from fastdistill.data.labels import Labels
 from fastdistill.data.memory import InMemoryData
+from fastdistill.data.mixtures import MixtureData
 from fastdistill.data.prefetch import Prefetched
 from fastdistill.data.sources import Record, Source, open_source
 
@@ -15,6 +16,7 @@ __all__ = [
     "ImageData",
     "InMemoryData",
     "Labels",
+    "MixtureData",
     "Order",
     "Prefetched",
     "RealBatch",

@@ -1,6 +1,15 @@
-"""Processes, parametrisations, noise, timestep laws and samplers."""
+"""Processes, parametrisations, noise, timestep laws, samplers and exactly known data."""
 
+from fastdistill.diffusion.feynman_kac import (
+    Particles,
+    Target,
+    feynman_kac,
+    gaussian_target,
+    systematic_resampling,
+)
+from fastdistill.diffusion.mixture import Drawn, GaussianMixture
 from fastdistill.diffusion.noise import Noise
+from fastdistill.diffusion.ode import integrate
 from fastdistill.diffusion.parametrisation import (
     X0,
     EDMPreconditioning,
@@ -43,11 +52,13 @@ __all__ = [
     "VP",
     "X0",
     "AlphaSigma",
+    "Drawn",
     "EDMPreconditioning",
     "EasyPairs",
     "Epsilon",
     "FixedList",
     "Flow",
+    "GaussianMixture",
     "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
@@ -56,10 +67,12 @@ __all__ = [
     "Noise",
     "PairLaw",
     "Parametrisation",
+    "Particles",
     "Process",
     "Reach",
     "RectifiedFlow",
     "Start",
+    "Target",
     "Teleport",
     "TimestepLaw",
     "Uniform",
@@ -67,9 +80,13 @@ __all__ = [
     "convert",
     "deterministic",
     "few_step",
+    "feynman_kac",
+    "gaussian_target",
     "heun",
+    "integrate",
     "karras_sigmas",
     "loss_weight",
     "reach_of",
     "starting_point",
+    "systematic_resampling",
 ]

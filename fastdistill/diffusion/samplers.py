@@ -54,7 +54,7 @@ def heun(
     Returns:
         Samples [B, ...].
     """
-    evaluate = _in_edm_variables(denoise, process, noise)
+    evaluate = in_edm_variables(denoise, process)
     x, sigmas = _start(noise, sigmas, teleport)
     for sigma, next_sigma in itertools.pairwise(sigmas):
         slope = (x - evaluate(x, sigma)) / sigma
@@ -78,7 +78,7 @@ def deterministic(
 
     Arguments and result are those of `heun`.
     """
-    evaluate = _in_edm_variables(denoise, process, noise)
+    evaluate = in_edm_variables(denoise, process)
     x, sigmas = _start(noise, sigmas, teleport)
     for sigma, next_sigma in itertools.pairwise(sigmas):
         denoised = evaluate(x, sigma)
@@ -151,15 +151,13 @@ def starting_point(
     return process.start_scale(t).to(dtype).reshape(-1, *[1] * len(shape)) * z
 
 
-def _in_edm_variables(
-    denoise: Denoise, process: Process, like: Tensor
-) -> Callable[[Tensor, float], Tensor]:
-    """D as a function of x = x_t / alpha and a level that all samples share."""
+def in_edm_variables(denoise: Denoise, process: Process) -> Callable[[Tensor, float], Tensor]:
+    """D as a function of x = x_t / alpha [B, ...] and a level lambda that all samples share."""
 
     def evaluate(x: Tensor, sigma: float) -> Tensor:
-        ratio = torch.full((like.shape[0],), sigma, device=like.device)
+        ratio = torch.full((x.shape[0],), sigma, device=x.device)
         t = process.time_of_ratio(ratio)
-        alpha = process.alpha_sigma(t).alpha.to(like.dtype)
-        return denoise(alpha.reshape(-1, *[1] * (like.ndim - 1)) * x, t)
+        alpha = process.alpha_sigma(t).alpha.to(x.dtype)
+        return denoise(alpha.reshape(-1, *[1] * (x.ndim - 1)) * x, t)
 
     return evaluate

@@ -29,7 +29,8 @@ class Reach(NamedTuple):
 
 def reach_of(process: Process) -> Reach:
     """The least noise of a process' usual grid (0.002 where it is none), and the most."""
-    alpha, sigma = process.alpha_sigma(process.time_of_position(torch.tensor([0.0, 1.0])))
+    ends = process.time_of_position(torch.tensor([0.0, 1.0], device="cpu"))
+    alpha, sigma = process.alpha_sigma(ends)
     low, high = (sigma / alpha).tolist()
     return Reach(low or LOWEST_RATIO, high)
 

@@ -23,6 +23,8 @@ from fastdistill.engine.report import COMPARED
 
 _IGNORED = ("name", "seed")
 """Keys of a recipe that make no other kind of run."""
+_BOOKKEEPING = ("log_every", "checkpoint_every", "keep_checkpoints")
+"""The same, of each stage's training."""
 _TEACHERS = ("data", "model", "process", "parametrisation", "teacher")
 """Sections of a recipe that a teacher's scores depend on, besides the seed."""
 
@@ -83,7 +85,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe by dotted keys, without those that make no other kind of run."""
-        return dict(_flat({k: v for k, v in self.recipe.items() if k not in _IGNORED}))
+        kept = {key: value for key, value in self.recipe.items() if key not in _IGNORED}
+        return {k: v for k, v in _flat(kept) if k.rpartition(".")[2] not in _BOOKKEEPING}
 
     @property
     def distillation(self) -> list[dict[str, Any]]:

@@ -60,18 +60,55 @@ def draw(
 
 
 def save_grid(path: Path, columns: Mapping[str, Tensor], pictures: Pictures) -> None:
-    """Draw columns of samples under their titles, at most ten in a row.
+    """Draw columns of samples under their titles: pictures at most ten in a row, vectors as points.
 
     Args:
         path: a .png file.
         columns: samples by title.
         pictures: makes pictures of them.
     """
+    if len(pictures.shape) == 1:
+        return save_scatter(path, columns)
     images = [(title, pictures(samples)) for title, samples in columns.items()]
     count = max(len(several) for _, several in images)
     per_row = min(10, count)
     path.parent.mkdir(exist_ok=True)
     sampling.save_grid(path, images, -(-count // per_row), per_row, pictures.note)
+
+
+def save_scatter(path: Path, columns: Mapping[str, Tensor]) -> None:
+    """Draw sets of vectors [n, d] as points side by side, all on the same two axes.
+
+    Args:
+        path: a .png file.
+        columns: samples by title; where d > 2 they are seen along the first ones' two principal
+            axes, and where d = 1 along with nothing.
+    """
+    from matplotlib.figure import Figure
+
+    views = _plane({title: samples.float().cpu() for title, samples in columns.items()})
+    first = next(iter(views.values()))
+    reach = 1.25 * float(first.abs().max())
+    path.parent.mkdir(exist_ok=True)
+    figure = Figure(figsize=(3.2 * len(views) + 0.2, 3.5), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(views), squeeze=False)[0]
+    for axis, (title, points) in zip(axes, views.items(), strict=True):
+        axis.scatter(*points.T.numpy(), s=2, alpha=0.4, linewidths=0)
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=6)
+    figure.savefig(path)
+
+
+def _plane(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Samples [n, d] as points of the plane [n, 2], centred at the first ones' mean where d > 2."""
+    first = next(iter(columns.values()))
+    d = first.shape[1]
+    if d <= 2:
+        return {title: torch.nn.functional.pad(x, (0, 2 - d)) for title, x in columns.items()}
+    centre = first.mean(0)
+    axes = torch.linalg.eigh(first.T.cov()).eigenvectors[:, -2:].flip(1)
+    return {title: (x - centre) @ axes for title, x in columns.items()}
 
 
 def _conditions(

@@ -351,7 +351,7 @@ def make_method(name: str, process: Process, options: Mapping[str, Any]) -> Meth
     given.setdefault("student_times", default_times(process))
     law = given.get("matching_law", default_law(process))
     for key in ("matching_law", "critic_law"):
-        if key in kind.model_fields:
+        if key in kind.model_fields and kind.model_fields[key].is_required():
             given.setdefault(key, law)
     return kind(name=name.replace("-", "_"), **given)
 

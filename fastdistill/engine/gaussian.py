@@ -249,7 +249,7 @@ def stand_in_report(
     given = data.batch(seed, 0, 256)
     if given.samples is None:
         return report
-    device = next(teacher.parameters()).device
+    device = next(stand_in.gaussian.buffers()).device
     highest = max(noise_levels(teacher)[-1], stand_in.above * 1.01)
     levels = [stand_in.above * (highest / stand_in.above) ** (k / 7) for k in range(8)]
     found = diagnose(

@@ -7,10 +7,36 @@ from typing import Any
 
 import torch
 
-from fastdistill.choices import EncodedSet, ImageSet, LabelSet
+from fastdistill.choices import EncodedSet, ImageSet, LabelSet, MixtureSet
 from fastdistill.config import Recipe, RecipeError
-from fastdistill.data import Data, EncodedData, ImageData, Labels, Prefetched
+from fastdistill.data import (
+    Data,
+    EncodedData,
+    ImageData,
+    InMemoryData,
+    Labels,
+    MixtureData,
+    Prefetched,
+    digits,
+)
+from fastdistill.data.mixtures import correlated, ring
+from fastdistill.diffusion import GaussianMixture
 from fastdistill.engine.saved import SavedDenoiser
+
+
+def own_data(recipe: Recipe, device: torch.device) -> InMemoryData | MixtureData:
+    """The data of a recipe whose networks are made for them: digits, or a mixture."""
+    if isinstance(recipe.data, MixtureSet):
+        return MixtureData(make_mixture(recipe.data), device)
+    return digits().to(device)
+
+
+def make_mixture(settings: MixtureSet) -> GaussianMixture:
+    """The mixture that a recipe's data section describes, on the CPU."""
+    with torch.device("cpu"):  # also where a plan makes everything else on the meta device
+        if settings.preset == "ring":
+            return ring(settings.modes)
+        return correlated(settings.modes, settings.dimensions)
 
 
 def open_data(recipe: Recipe, teacher: SavedDenoiser, device: torch.device) -> Data:

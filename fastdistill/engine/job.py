@@ -31,15 +31,15 @@ from fastdistill.config import (
     dump_recipe,
     load_recipe,
 )
-from fastdistill.data import Data, digits
+from fastdistill.data import Data
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
 from fastdistill.engine.devices import choose_device
-from fastdistill.engine.drawing import save_grid
 from fastdistill.engine.folder import write_text
 from fastdistill.engine.gaussian import stand_in_report
-from fastdistill.engine.inputs import open_data
+from fastdistill.engine.inputs import open_data, own_data
 from fastdistill.engine.judge import Judge
 from fastdistill.engine.log import RunLog
+from fastdistill.engine.metrics import finite
 from fastdistill.engine.nodes import NodeFolder
 from fastdistill.engine.pairs import PairData
 from fastdistill.engine.report import write_report
@@ -104,15 +104,17 @@ class Job:
         self._check_batches()
         self._loaded: SavedDenoiser | None = None
         self._teacher_sum: int | None = None
-        if recipe.model.name == "digits":
-            images = digits().to(self.device)
-            self.data: Data = images
-            self.description = DenoiserDescription.of(recipe, images.shape, images.classes)
+        if recipe.model.name != "pretrained":
+            own = own_data(recipe, self.device)
+            self.data: Data = own
+            self.description = DenoiserDescription.of(recipe, own.shape, own.classes)
         if recipe.teacher.training is None:
             self._loaded = load_teacher(recipe, self.device)
             self.description = self._loaded.description
-        if self._loaded is not None and recipe.model.name != "digits":
+        if self._loaded is not None and recipe.model.name == "pretrained":
             self.data = open_data(recipe, self._loaded, self.device)
+        for augmentation in recipe.augmentations.values():
+            augmentation.check_shape(self.description.shape)
         self.judge = Judge(recipe, self.data, self.description, self.device)
 
     @classmethod
@@ -195,7 +197,7 @@ class Job:
     def evaluate(self) -> dict[str, Any]:
         """Numbers of the run's teacher and saved student, under plain names."""
         student = load_denoiser(self.folder / "student", self.device).denoiser
-        return self.judge.compare(self._take_teacher(), student)[0]
+        return self.judge.compare(make_frozen(self.recipe, self._take_teacher()), student)[0]
 
     def _train_teacher(self, newest: Checkpoint | None, log: RunLog | None) -> None:
         """The stage of a teacher that is not given."""
@@ -204,7 +206,12 @@ class Job:
             return
         assert settings.training is not None
         denoiser = self.description.build(self.recipe.seed).to(self.device)
-        objective = Denoising(denoiser, settings.law, condition_dropout=settings.condition_dropout)
+        objective = Denoising(
+            denoiser,
+            settings.law,
+            condition_dropout=settings.condition_dropout,
+            augmentation=settings.augmentation,
+        )
         trainer = self._trainer("teacher", objective, settings.training, log)
         self._fit(trainer, newest, log)
         self._save_averaged(trainer, self.folder / "teacher", self.description)
@@ -297,8 +304,8 @@ class Job:
             summary |= stand_in_report(stand_in, networks.teacher, self.data, recipe.seed, scale)
         if not self.ranks.is_first:
             return None
-        save_grid(self.folder / "grid.png", columns, self.judge.pictures)
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.judge.scores.draw(self.folder / "grid.png", columns)
+        write_text(self.folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
         write_report(self.folder, recipe, summary)
         return summary
 
@@ -400,11 +407,11 @@ class Job:
             samples = self.judge.student_samples(student, count)
         if log is None:
             return
-        scores = self.judge.scores(samples)
+        scores = self.judge.scores.of(samples)
         if scores:
             log.write_scores(trainer.stage, trainer.step, scores)
         path = self.folder / "samples" / f"{trainer.stage}-{trainer.step:09d}.png"
-        save_grid(path, {f"step {trainer.step}": samples[:100]}, self.judge.pictures)
+        self.judge.scores.draw(path, {f"step {trainer.step}": samples})
 
     def _check_batches(self) -> None:
         """Make sure that the ranks can share every stage's batches, before anything is loaded."""

@@ -1,12 +1,7 @@
-"""`Judge`: draws a run's samples and says of them what means something.
-
-Digits have a classifier, so that there are distances, precision, recall and diversity. Of other
-samples there are grids and times alone: a distance would need features that somebody trusts.
-"""
+"""`Judge`: draws a run's samples and says of them what means something, by the kind of data."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +9,16 @@ import torch
 from torch import Tensor
 
 from fastdistill.config import Recipe
-from fastdistill.data import Data, InMemoryData
+from fastdistill.data import Data
 from fastdistill.diffusion import Noise
 from fastdistill.engine import sampling
 from fastdistill.engine.pictures import Pictures
 from fastdistill.engine.report import REAL
 from fastdistill.engine.sampling import Conditions
 from fastdistill.engine.saved import DenoiserDescription
+from fastdistill.engine.scores import scores_of
 from fastdistill.engine.trainer import memory_in_use
-from fastdistill.evaluate import DigitsClassifier, digits_classifier, evaluate_samples
 from fastdistill.models import Denoiser
-
-_GRID = 100
-"""Most samples of a grid."""
 
 
 class Judge:
@@ -46,12 +38,8 @@ class Judge:
     ) -> None:
         self.recipe, self.data, self.device = recipe, data, device
         self.description = description
-        self.pictures = Pictures(description, device)
-
-    @property
-    def is_digits(self) -> bool:
-        """Whether there are scores."""
-        return self.recipe.data.name == "digits"
+        pictures = Pictures(description, device)
+        self.scores = scores_of(data, pictures, recipe.seed, recipe.data.name)
 
     def conditions(self, count: int) -> Conditions:
         """Classes in turn, or the first conditions in the data's order."""
@@ -85,13 +73,6 @@ class Judge:
             self.recipe.evaluation.batch_size,
         )
 
-    def scores(self, samples: Tensor) -> dict[str, float]:
-        """What there is to say of samples; empty where nothing would mean something."""
-        if not self.is_digits:
-            return {}
-        assert isinstance(self.data, InMemoryData)
-        return evaluate_samples(self.data.samples, samples, self._classifier)
-
     def compare(
         self, teacher: Denoiser, student: Denoiser, scored: bool = True
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -111,10 +92,8 @@ class Judge:
             "divergence": getattr(recipe.objective, "divergence", None),
             "evaluations_teacher": 2 * steps - 1,
             "evaluations_student": len(times),
+            **self.scores.facts(),
         }
-        if self.is_digits:
-            assert isinstance(self.data, InMemoryData)
-            summary["real_samples"] = len(self.data.samples)
         titles = {
             "teacher": f"teacher, {2 * steps - 1} evaluations",
             "student": f"student, {len(times)} evaluation" + "s" * (len(times) > 1),
@@ -123,14 +102,15 @@ class Judge:
             "teacher": lambda count: self.teacher_samples(teacher, count),
             "student": lambda count: self.student_samples(student, count),
         }
-        if self.is_digits:
-            seconds = sampling.seconds_per_thousand(makers, self.device)
+        if (rounds := self.scores.timing_rounds) is not None:
+            seconds = sampling.seconds_per_thousand(makers, self.device, rounds)
         else:
             seconds = sampling.seconds_per_thousand(makers, self.device, rounds=1, count=count)
-        columns = self._real_column()
+        columns = self.scores.real(count)
         for role, make in makers.items():
             made = make(count)
-            scores = self.scores(made) if scored else {}
+            scores = self.scores.drift(teacher, made, self.conditions(count).condition)
+            scores |= self.scores.of(made) if scored else {}
             shared = {
                 name: scores.pop(name)
                 for name in (*REAL.values(), "samples", "frechet_samples")
@@ -138,33 +118,13 @@ class Judge:
             }
             summary |= {f"{name}_{role}": value for name, value in scores.items()} | shared
             summary[f"seconds_per_thousand_{role}"] = seconds[role]
-            columns[titles[role]] = made[:_GRID]
+            columns[titles[role]] = made[: self.scores.shown]
         summary["speedup"] = seconds["teacher"] / seconds["student"]
         summary["peak_memory_gib"] = memory_in_use(self.device)
         return summary, columns
 
     def _noise(self) -> Noise:
         return Noise(self.recipe.seed, self.device).at(sampling.EVALUATION_STEP)
-
-    def _real_column(self) -> dict[str, Tensor]:
-        """Real samples in the order of the generated ones where that can be, or as they come."""
-        if self.is_digits:
-            return {"real": self._digits_by_class(_GRID)}
-        count = min(self.recipe.evaluation.samples, _GRID)
-        real = self.data.batch(self.recipe.seed, 0, count).samples
-        return {} if real is None else {"real": real}
-
-    def _digits_by_class(self, count: int) -> Tensor:
-        data = self.data
-        assert isinstance(data, InMemoryData)
-        assert data.labels is not None
-        ranks = [torch.where(data.labels == k)[0] for k in range(data.classes)]
-        rows = torch.stack([ranks[i % data.classes][i // data.classes] for i in range(count)])
-        return data.samples[rows]
-
-    @functools.cached_property
-    def _classifier(self) -> DigitsClassifier:
-        return digits_classifier()
 
 
 def conditions_of(

@@ -19,6 +19,16 @@ _SHOWN = {
     "critic/discriminator_accuracy": "D accuracy",
     "student/effective_sample_size": "ESS",
 }
+_SCORED = {
+    "frechet_pixel": "Frechet distance of pixels",
+    "frechet_features": "of features",
+    "vendi": "Vendi score",
+    "reverse_kl": "KL(student|truth)",
+    "forward_kl": "KL(truth|student)",
+    "fitted_reverse_kl": "fitted KL(student|truth)",
+    "fitted_forward_kl": "fitted KL(truth|student)",
+    "modes_covered": "modes covered",
+}
 
 
 class RunLog:
@@ -74,15 +84,15 @@ class RunLog:
         )
 
     def write_scores(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
-        """Evaluation of the digits' student during training."""
+        """Evaluation of the averaged student during training."""
         named = {f"evaluation/{name}": value for name, value in scores.items()}
         row = {"stage": stage, "step": step} | named
         self._metrics.write(row)
         self._to_board(row)
-        self.say(
-            f"{stage:>8} {step:>6}  Frechet distance: pixels {scores['frechet_pixel']:.3f}, "
-            f"features {scores['frechet_features']:.3f}; Vendi score {scores['vendi']:.2f}"
+        shown = ", ".join(
+            f"{label} {scores[key]:.4g}" for key, label in _SCORED.items() if key in scores
         )
+        self.say(f"{stage:>8} {step:>6}  {shown}")
 
     def _to_board(self, row: Mapping[str, Any]) -> None:
         """Numbers as TensorBoard scalars, one board a stage, so that steps do not mix."""

@@ -101,7 +101,7 @@ class JSONLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; nan and infinity become null, which JSON can say."""
-        text = json.dumps(_finite(row), separators=(",", ":"), allow_nan=False)
+        text = json.dumps(finite(row), separators=(",", ":"), allow_nan=False)
         self._file.write(text.encode() + b"\n")
         self._file.flush()
 
@@ -137,11 +137,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same numbers with None in the place of nan and infinity, which JSON cannot say."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from fastdistill.choices import DigitsModel
+from fastdistill.choices import DigitsModel, MLPModel
 from fastdistill.config import Recipe
-from fastdistill.data import RealBatch, digits
+from fastdistill.data import RealBatch
 from fastdistill.diffusion import EDM, VP, EDMPreconditioning, Epsilon, Flow, RectifiedFlow
+from fastdistill.engine.inputs import own_data
 from fastdistill.engine.planning import PlannedJob
 from fastdistill.engine.roles import checkpoint_blocks, make_objective
+from fastdistill.engine.saved import own_network
 from fastdistill.layers import accelerate
 from fastdistill.models import Denoiser
 from fastdistill.models.adapters import build_network
 from fastdistill.models.configs import known_configurations, model_configuration
-from fastdistill.models.digits import DigitsNetwork
 from fastdistill.objectives import Objective
 
 TEXT_TOKENS = {
@@ -53,8 +54,8 @@ def job_of_recipe(
     Raises:
         ValueError: where there is no configuration, or one that cannot be read.
     """
-    if recipe.model.name == "digits" and model_config is None:
-        return _digits_job(recipe)
+    if isinstance(recipe.model, DigitsModel | MLPModel) and model_config is None:
+        return _own_job(recipe)
     config = _configuration(recipe, model_config)
     options = {name: getattr(recipe.model, name, None) for name in ("features", "sample_size")}
     kind = config["_class_name"]
@@ -92,18 +93,20 @@ def job_of_recipe(
     )
 
 
-def _digits_job(recipe: Recipe) -> PlannedJob:
-    model, shape, classes = recipe.model, digits().shape, digits().classes
-    assert isinstance(model, DigitsModel)
+def _own_job(recipe: Recipe) -> PlannedJob:
+    """A job whose networks are made in the run, for data that are at hand."""
+    model, data = recipe.model, own_data(recipe, torch.device("cpu"))
+    shape, classes = data.shape, data.classes
+    assert isinstance(model, DigitsModel | MLPModel)
 
     def teacher() -> Denoiser:
-        network = DigitsNetwork(shape, classes, model.width, model.blocks)
+        network = own_network(model, shape, classes)
         return Denoiser(
             network, recipe.process or EDM(), recipe.parametrisation or EDMPreconditioning()
         )
 
     def inputs(batch: int) -> RealBatch:
-        labels = torch.zeros(batch, dtype=torch.int64, device="meta")
+        labels = torch.zeros(batch, dtype=torch.int64, device="meta") if classes else None
         return RealBatch(_samples(recipe, batch, shape), labels, labels)
 
     make = functools.partial(_objective, recipe, teacher)

@@ -19,18 +19,46 @@ from fastdistill.engine.metrics import read_rows
 COMPARED = {
     "frechet_pixel": "Fréchet distance, pixels",
     "frechet_features": "Fréchet distance, classifier features",
+    "kernel_distance": "kernel distance (KID), classifier features",
     "precision": "precision",
     "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "eps_mmd": "EPS-MMD, by the teacher",
     "vendi": "Vendi score",
     "class_share_min": "smallest share of a class",
     "class_share_max": "largest share of a class",
-    "seconds_per_thousand": "seconds per 1,000 images",
+    "reverse_kl": "KL(samples ‖ truth)",
+    "forward_kl": "KL(truth ‖ samples)",
+    "jensen_shannon": "Jensen-Shannon divergence",
+    "fitted_reverse_kl": "KL(samples ‖ truth), Gaussian fits of the modes",
+    "fitted_forward_kl": "KL(truth ‖ samples), Gaussian fits of the modes",
+    "sliced_wasserstein": "sliced Wasserstein distance",
+    "modes_covered": "modes covered",
+    "mode_weight_min": "smallest weight of a mode over the true one",
+    "mode_weight_max": "largest weight of a mode over the true one",
+    "outliers": "share of outliers",
+    "seconds_per_thousand": "seconds per 1,000 samples",
 }
 """Metrics of a summary that teacher and student both have, and what they are called."""
+_OF_MIXTURES = (
+    "reverse_kl",
+    "forward_kl",
+    "jensen_shannon",
+    "fitted_reverse_kl",
+    "fitted_forward_kl",
+    "sliced_wasserstein",
+    "modes_covered",
+    "mode_weight_min",
+    "mode_weight_max",
+    "outliers",
+)
 REAL = {
     "frechet_pixel": "frechet_pixel_real_halves",
     "frechet_features": "frechet_features_real_halves",
+    "eps_mmd": "eps_mmd_real_halves",
     "vendi": "vendi_real",
+    **{name: f"{name}_real" for name in _OF_MIXTURES},
 }
 """What real data score in a metric, by the metric's name."""
 
@@ -40,7 +68,7 @@ def comparison(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, label in COMPARED.items():
         if f"{name}_student" not in summary:
-            continue  # only digits have scores
+            continue  # of other kinds of data
         real = summary[REAL[name]] if name in REAL else None
         values = (summary[f"{name}_teacher"], summary[f"{name}_student"], real)
         rows.append((label, *("" if value is None else f"{value:.4g}" for value in values)))
@@ -52,7 +80,7 @@ def write_report(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> Path:
     rows = read_rows(folder / METRICS)
     training = [row for row in rows if "student/loss" in row]
     distill = [row for row in training if row["stage"] == "distill"]
-    scores = [row for row in rows if "evaluation/vendi" in row]
+    scores = [row for row in rows if any(name.startswith("evaluation/") for name in row)]
     timings = [row for row in read_rows(folder / TIMINGS) if row["stage"] == "distill"]
     page = render(
         "report.html.j2",
@@ -111,6 +139,18 @@ def _figures(
             scores,
             ["evaluation/vendi"],
             references=["evaluation/vendi_real"],
+        ),
+        _curves(
+            "Divergence from the truth",
+            "Of samples of the averaged student; fresh samples of the truth score 0 on average.",
+            scores,
+            [
+                "evaluation/reverse_kl",
+                "evaluation/forward_kl",
+                "evaluation/jensen_shannon",
+                "evaluation/fitted_reverse_kl",
+                "evaluation/fitted_forward_kl",
+            ],
         ),
         _levels(
             "Score gap by noise level",

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from fastdistill.choices import DigitsModel, PretrainedModel, RewardChoice
+from fastdistill.choices import (
+    DigitsModel,
+    MixtureSet,
+    MLPModel,
+    PretrainedModel,
+    RewardChoice,
+)
 from fastdistill.config import Recipe, RecipeError
+from fastdistill.engine.inputs import make_mixture
 from fastdistill.engine.rewards import make_reward
 from fastdistill.engine.saved import (
     DenoiserDescription,
@@ -20,7 +27,7 @@ from fastdistill.engine.saved import (
     load_weights,
 )
 from fastdistill.gaussian import Gaussian, load_gaussian
-from fastdistill.models import Denoiser
+from fastdistill.models import Denoiser, ExactDenoiser
 from fastdistill.objectives import Discriminator, Objective, Reward
 from fastdistill.objectives.backtracking import DegradationPath
 
@@ -82,7 +89,7 @@ def _load_pretrained(recipe: Recipe, path: str, device: torch.device | str) -> S
 
 def _check_fits(recipe: Recipe, found: DenoiserDescription, path: str) -> None:
     """Make sure that a recipe was written for this teacher."""
-    if isinstance(recipe.model, DigitsModel):
+    if isinstance(recipe.model, DigitsModel | MLPModel):
         wanted: dict[str, Any] = {"model": recipe.model}
     elif not isinstance(found.model, DiffusersModel):
         raise RecipeError(
@@ -167,8 +174,15 @@ def make_objective(recipe: Recipe, teacher: Denoiser, start: Path | None = None)
 
 
 def make_frozen(recipe: Recipe, teacher: Denoiser) -> Denoiser:
-    """A copy of the teacher that is not trained, in the precision that the run computes in."""
+    """What is not trained and gives the scores: the teacher, in the precision that the run has.
+
+    A copy, or the data's exact denoiser with a copy that a discriminator can read.
+    """
     frozen = copy.deepcopy(teacher).requires_grad_(False).eval()
+    if recipe.teacher.exact:
+        assert isinstance(recipe.data, MixtureSet)
+        device = next(frozen.parameters()).device
+        return ExactDenoiser(make_mixture(recipe.data), frozen.process, frozen).to(device)
     if recipe.training.precision == "bfloat16":
         frozen.network.to(torch.bfloat16)
         frozen.input_dtype = torch.bfloat16
@@ -220,14 +234,12 @@ def describe_student(recipe: Recipe, teacher: DenoiserDescription) -> DenoiserDe
 
 
 def checkpoint_blocks(objective: Objective) -> None:
-    """Recompute activations in backward passes, in every trained network that can.
+    """Recompute activations in backward passes, in every network that has one.
 
     Raises:
         RecipeError: for a network that cannot.
     """
-    for denoiser in (objective.student, *objective.critic_modules().values()):
-        if not isinstance(denoiser, Denoiser):
-            continue
+    for denoiser in objective.graded():
         if not hasattr(denoiser.network, "enable_gradient_checkpointing"):
             raise RecipeError(
                 f"parallel.checkpoint_blocks: {type(denoiser.network).__name__} has no "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdistill.diffusion import Noise, few_step, heun, karras_sigmas
+from fastdistill.diffusion import Noise, few_step, heun, karras_sigmas, reach_of
 from fastdistill.models import Condition, Denoiser
 
 EVALUATION_STEP = 2**32 - 1
@@ -99,15 +99,13 @@ def solve(
         conditions: of each sample.
         guidance_scale: classifier-free guidance; 1 looks at the condition alone.
     """
-    process = teacher.process
-    alpha, sigma = process.alpha_sigma(process.time_of_position(torch.tensor([0.0, 1.0])))
-    lowest, highest = (sigma / alpha).tolist()  # a flow's highest is infinite: take EDM's
-    sigmas = karras_sigmas(steps, max(lowest, 0.002), min(highest, 80.0))
+    low, high = reach_of(teacher.process)
+    sigmas = karras_sigmas(steps, max(low, 0.002), min(high, 80.0))  # EDM's, as a flow's has no end
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         return teacher.guided(x_t, t, *conditions, guidance_scale)
 
-    return heun(denoise, z, process, sigmas)
+    return heun(denoise, z, teacher.process, sigmas)
 
 
 @torch.no_grad()

@@ -10,7 +10,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastdistill.choices import DigitsModel, ParametrisationChoice, ProcessChoice, Settings
+from fastdistill.choices import (
+    DigitsModel,
+    MLPModel,
+    ParametrisationChoice,
+    ProcessChoice,
+    Settings,
+)
 from fastdistill.config import Recipe
 from fastdistill.diffusion import EDM, EDMPreconditioning
 from fastdistill.engine.folder import MANIFEST, check_folder, commit_folder, read_document
@@ -35,10 +41,19 @@ class DiffusersModel(Settings):
     """The teacher's folder or its name on the Hub: where its VAE and text encoders are."""
 
 
+def own_network(
+    model: DigitsModel | MLPModel, shape: tuple[int, ...], classes: int
+) -> DigitsNetwork:
+    """The network of a model section that is trained in the run itself, with fresh weights."""
+    omega = isinstance(model, DigitsModel) and model.omega
+    octaves = model.octaves if isinstance(model, MLPModel) else 0
+    return DigitsNetwork(shape, classes, model.width, model.blocks, omega=omega, octaves=octaves)
+
+
 class DenoiserDescription(Settings):
     """What is needed to rebuild a denoiser before its weights are loaded."""
 
-    model: Annotated[DigitsModel | DiffusersModel, Field(discriminator="name")]
+    model: Annotated[DigitsModel | MLPModel | DiffusersModel, Field(discriminator="name")]
     shape: tuple[int, ...]
     classes: int
     process: ProcessChoice
@@ -55,7 +70,7 @@ class DenoiserDescription(Settings):
         Raises:
             ValueError: for a recipe whose networks are what its teacher is.
         """
-        if not isinstance(recipe.model, DigitsModel):
+        if not isinstance(recipe.model, DigitsModel | MLPModel):
             raise ValueError(f"model {recipe.model.name} takes its description from its teacher")
         return cls(
             model=recipe.model,
@@ -76,8 +91,8 @@ class DenoiserDescription(Settings):
 
     def _network(self) -> Any:
         model = self.model
-        if isinstance(model, DigitsModel):
-            return DigitsNetwork(self.shape, self.classes, model.width, model.blocks)
+        if isinstance(model, DigitsModel | MLPModel):
+            return own_network(model, self.shape, self.classes)
         from fastdistill.models.pretrained import build_network
 
         network = build_network(model.config, sample_size=(self.shape[1], self.shape[2]))

@@ -17,7 +17,7 @@ same size have: `real_split_distance`, to be compared with `matched_frechet_dist
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,26 @@ def gaussian_statistics(features: Tensor | Iterable[Tensor]) -> GaussianStatisti
         count = 0 if merged is None else merged.count
         raise ValueError(f"features have {count} samples; a covariance needs at least 2")
     return merged._replace(covariance=merged.covariance / (merged.count - 1))
+
+
+def feature_statistics(
+    batches: Iterable[Tensor], features: Callable[[Tensor], Tensor]
+) -> GaussianStatistics:
+    """Moments of any extractor's features, for `frechet_distance`.
+
+    Of Inception's pool features the distance is the FID, of CLIP's or DINO's what papers call after
+    them; the weights are the caller's.
+
+    Args:
+        batches: samples, a batch at a time; read once.
+        features: the extractor: samples [n, ...] to floating-point features [n, d], or [n, ...]
+            that is flattened.
+
+    Raises:
+        ValueError: as `gaussian_statistics`.
+    """
+    with torch.no_grad():
+        return gaussian_statistics(features(batch).flatten(1) for batch in batches)
 
 
 def _merge(merged: GaussianStatistics | None, rows: Tensor) -> GaussianStatistics:

@@ -1,4 +1,4 @@
-"""Improved precision and recall by nearest neighbours.
+"""Precision, recall, density and coverage by nearest neighbours.
 
 Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models"
 (arXiv 1904.06991), equations 1 and 2. The manifold of a set is the union of balls around its
@@ -7,7 +7,14 @@ points, each as large as the distance to the point's k-th nearest neighbour in t
     precision = share of generated samples inside the manifold of the real ones     (fidelity)
     recall    = share of real samples inside the manifold of the generated ones     (coverage)
 
-Both depend on the number of samples: compare only numbers taken at the same n.
+Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models" (arXiv
+2002.09797), equations 3 and 4, look at the balls of the real samples alone, so that outliers among
+the generated ones do not count as coverage, and a ball counts for each sample inside:
+
+    density  = mean number of real balls around a generated sample / k      (fidelity, may pass 1)
+    coverage = share of real balls that hold a generated sample             (diversity)
+
+All depend on the number of samples: compare only numbers taken at the same n.
 """
 
 from __future__ import annotations
@@ -32,6 +39,15 @@ class PrecisionRecall(NamedTuple):
     """Share of real samples inside the manifold of the generated ones"""
 
 
+class DensityCoverage(NamedTuple):
+    """Result of `density_coverage`."""
+
+    density: float
+    """Mean number of real balls around a generated sample, divided by k; about 1 for equal laws"""
+    coverage: float
+    """Share of the real balls that hold a generated sample, in [0, 1]"""
+
+
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRecall:
     """Improved precision and recall (see the module's docstring).
 
@@ -50,17 +66,42 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
     Raises:
         ValueError: k < 1, k samples or fewer in either set, non-finite features or different d.
     """
+    real, generated = _checked(real, generated, k)
+    return PrecisionRecall(
+        precision=_share_inside(generated, real, _radii(real, k)),
+        recall=_share_inside(real, generated, _radii(generated, k)),
+    )
+
+
+def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> DensityCoverage:
+    """Density and coverage (see the module's docstring); arguments as `precision_recall`'s.
+
+    Of equal laws and n = m, density is 1 and coverage 1 - (n - 1)...(n - k) / ((2 n - 1)...
+    (2 n - k)) on average, which is about 1 - 2^-k (the paper's lemmas 1 and 2).
+
+    Raises:
+        ValueError: k < 1, k samples or fewer in either set, non-finite features or different d.
+    """
+    real, generated = _checked(real, generated, k)
+    radii = _radii(real, k)
+    around = 0
+    held = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for distances in _distances(generated, real):
+        inside = distances <= radii
+        around += int(inside.sum())
+        held |= inside.any(0)
+    return DensityCoverage(around / (k * len(generated)), float(held.double().mean()))
+
+
+def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both sets in the dtype that distances are taken in, after checks."""
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
     check_features("real", real, rows=k + 1)
     check_features("generated", generated, rows=k + 1)
     check_same_width(real, generated)
     dtype = torch.promote_types(torch.promote_types(real.dtype, generated.dtype), torch.float32)
-    real, generated = real.detach().to(dtype), generated.detach().to(dtype)
-    return PrecisionRecall(
-        precision=_share_inside(generated, real, _radii(real, k)),
-        recall=_share_inside(real, generated, _radii(generated, k)),
-    )
+    return real.detach().to(dtype), generated.detach().to(dtype)
 
 
 def _distances(queries: Tensor, points: Tensor) -> Iterator[Tensor]:

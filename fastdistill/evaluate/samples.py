@@ -11,7 +11,8 @@ from fastdistill.evaluate._arguments import check_features, check_finite, random
 from fastdistill.evaluate._threads import SMALL_SET, one_thread
 from fastdistill.evaluate.coverage import class_shares
 from fastdistill.evaluate.frechet import matched_frechet_distance, real_split_distance
-from fastdistill.evaluate.neighbours import precision_recall
+from fastdistill.evaluate.kernel_distance import kernel_distance
+from fastdistill.evaluate.neighbours import density_coverage, precision_recall
 from fastdistill.evaluate.vendi import vendi_score
 
 
@@ -42,7 +43,10 @@ def evaluate_samples(
     ``frechet_pixel``, ``frechet_features``   `matched_frechet_distance` at ``frechet_samples``
     the same with ``_real_halves``            `real_split_distance` at ``frechet_samples``: what
                                               a perfect generator would score
+    ``kernel_distance``                       `kernel_distance` of features: without bias, so that
+                                              a perfect generator would score 0
     ``precision``, ``recall``                 `precision_recall` of features at ``samples``
+    ``density``, ``coverage``                 `density_coverage` of features at ``samples``
     ``vendi``, ``vendi_real``                 `vendi_score` of features at ``samples``
     ``class_share_min``, ``class_share_max``  `class_shares` of all generated images
     ``samples``                               min(n, m)
@@ -84,6 +88,9 @@ def _evaluate(
     return {
         **_frechet("frechet_pixel", real.flatten(1), generated.flatten(1), seed),
         **_frechet("frechet_features", features_real, features_generated, seed),
+        "kernel_distance": kernel_distance(
+            features_real, features_generated, subsets=20, subset_size=500, seed=seed
+        ).mean,
         **_neighbours_and_vendi(features_real, features_generated, seed),
         "class_share_min": shares.smallest,
         "class_share_max": shares.largest,
@@ -115,14 +122,17 @@ def _frechet(name: str, real: Tensor, generated: Tensor, seed: int) -> dict[str,
 
 
 def _neighbours_and_vendi(real: Tensor, generated: Tensor, seed: int) -> dict[str, float]:
-    """Precision, recall and Vendi scores of features [n, d] and [m, d] at min(n, m) samples."""
+    """What is taken of features [n, d] and [m, d] at min(n, m) samples."""
     generator = torch.Generator("cpu").manual_seed(seed)
     count = min(real.shape[0], generated.shape[0])
     real, generated = (random_rows(values, count, generator) for values in (real, generated))
     precision, recall = precision_recall(real, generated)
+    density, coverage = density_coverage(real, generated)
     return {
         "precision": precision,
         "recall": recall,
+        "density": density,
+        "coverage": coverage,
         "vendi": vendi_score(generated),
         "vendi_real": vendi_score(real),
     }

@@ -1,5 +1,6 @@
 """Denoisers and the networks that ship with the package."""
 
+from fastdistill.models.analytic import ExactDenoiser, ExactNetwork
 from fastdistill.models.denoiser import Condition, Denoiser, Level, Network
 
-__all__ = ["Condition", "Denoiser", "Level", "Network"]
+__all__ = ["Condition", "Denoiser", "ExactDenoiser", "ExactNetwork", "Level", "Network"]

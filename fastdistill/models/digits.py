@@ -1,4 +1,4 @@
-"""`DigitsNetwork`: a class-conditional residual MLP for 8x8 images, small enough for two cores."""
+"""`DigitsNetwork`: a residual MLP for vectors and small images, small enough for two cores."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdistill.models.denoiser import Condition
+
+OMEGA = 10
+"""Numbers that tell what an augmentation drew (`fastdistill.objectives.augmentation`)."""
 
 
 class _Block(nn.Module):
@@ -29,14 +32,17 @@ class _Block(nn.Module):
 
 
 class DigitsNetwork(nn.Module):
-    """Residual MLP over flattened pixels, told its noise level and its class.
+    """Residual MLP over flattened samples, told their noise level and, where there is one, class.
 
     Args:
-        shape: shape of one image.
+        shape: shape of one sample: an image's, or (d,) of vectors.
         classes: number of classes; 0 makes it unconditional. Label ``classes`` is the null class.
         width: width of the hidden layers.
         blocks: number of residual blocks.
         embedding: width of the embedding of noise level and class.
+        omega: whether it can be told what an augmentation drew.
+        octaves: the input's sines and cosines at 1, 2, 4, ... that are read beside it. Without any,
+            a network of few inputs is too smooth for narrow modes (arXiv 2006.10739).
     """
 
     _repeated_blocks = ("_Block",)
@@ -48,6 +54,8 @@ class DigitsNetwork(nn.Module):
         width: int = 256,
         blocks: int = 3,
         embedding: int = 64,
+        omega: bool = False,
+        octaves: int = 0,
     ) -> None:
         super().__init__()
         pixels, frequencies = math.prod(shape), 16
@@ -60,12 +68,21 @@ class DigitsNetwork(nn.Module):
         self.classes = nn.Embedding(classes + 1, embedding) if classes else None
         self.level = nn.Sequential(nn.Linear(2 * frequencies, embedding), nn.SiLU())
         self.mix = nn.Linear(embedding, embedding)
-        self.enter = nn.Linear(pixels, width)
+        self.octaves = octaves
+        self.enter = nn.Linear(pixels * (1 + 2 * octaves), width)
         self.blocks = nn.ModuleList(_Block(width, embedding) for _ in range(blocks))
         output = nn.Linear(width, pixels)
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
         self.leave = nn.Sequential(nn.LayerNorm(width), output)
+        self.omega = nn.Linear(OMEGA, embedding, bias=False) if omega else None
+        if self.omega is not None:
+            nn.init.zeros_(self.omega.weight)
+
+    @property
+    def takes_omega(self) -> bool:
+        """Whether it can be told what an augmentation drew."""
+        return self.omega is not None
 
     def add_second_time(self) -> None:
         """Let noise conditions be [B, 2]; the second changes nothing before it is trained."""
@@ -84,9 +101,22 @@ class DigitsNetwork(nn.Module):
         """Shapes of what `features` returns, for one sample."""
         return [(self.width,)] * len(self.blocks)
 
-    def forward(self, model_input: Tensor, noise_condition: Tensor, condition: Condition) -> Tensor:
-        """Raw output of the shape of ``model_input`` [B, C, H, W]; condition: labels int64 [B]."""
-        return self._finish(self._hidden(model_input, noise_condition, condition)[-1])
+    def forward(
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        omega: Tensor | None = None,
+    ) -> Tensor:
+        """Raw output of the shape of ``model_input`` [B, *shape].
+
+        Args:
+            model_input: scaled noisy images.
+            noise_condition: what tells the noise level  # [B]
+            condition: labels, int64 [B].
+            omega: what an augmentation drew [B, OMEGA]; None is as zeros, a plain sample.
+        """
+        return self._finish(self._hidden(model_input, noise_condition, condition, omega)[-1])
 
     def features(
         self, model_input: Tensor, noise_condition: Tensor, condition: Condition
@@ -107,7 +137,11 @@ class DigitsNetwork(nn.Module):
             return self._finish(hidden[-1]), hidden
 
     def _hidden(
-        self, model_input: Tensor, noise_condition: Tensor, condition: Condition
+        self,
+        model_input: Tensor,
+        noise_condition: Tensor,
+        condition: Condition,
+        omega: Tensor | None = None,
     ) -> list[Tensor]:
         first = noise_condition[:, 0] if self.two_times else noise_condition
         embedding = self.level(self._waves(first).to(model_input.dtype))
@@ -116,8 +150,11 @@ class DigitsNetwork(nn.Module):
             embedding = embedding + self.second(second)
         if self.classes is not None:
             embedding = embedding + self.classes(condition)
+        if omega is not None:
+            assert self.omega is not None
+            embedding = embedding + self.omega(omega.to(embedding.dtype))
         embedding = F.silu(self.mix(embedding))
-        hidden = self.enter(model_input.flatten(1))
+        hidden = self.enter(self._inputs(model_input.flatten(1)))
         states = []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -126,6 +163,12 @@ class DigitsNetwork(nn.Module):
                 hidden = block(hidden, embedding)
             states.append(hidden)
         return states
+
+    def _inputs(self, flat: Tensor) -> Tensor:
+        """Inputs [B, pixels] with their sines and cosines  # [B, pixels * (1 + 2 octaves)]"""
+        phases = [2.0**octave * flat for octave in range(self.octaves)]
+        waves = [wave for phase in phases for wave in (phase.sin(), phase.cos())]
+        return torch.cat((flat, *waves), dim=1) if waves else flat
 
     def _waves(self, level: Tensor) -> Tensor:
         phase = level[:, None] * self.frequencies

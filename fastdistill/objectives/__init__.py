@@ -1,5 +1,6 @@
 """Distillation objectives; each is one file that names its tail op, its critic and its weights."""
 
+from fastdistill.objectives.augmentation import AugmentationSettings
 from fastdistill.objectives.backtracking import Backtracking, BacktrackingMethod, Degradation
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.objectives.consistency import Consistency, ConsistencyMethod
@@ -70,6 +71,7 @@ METHODS: tuple[type[Method], ...] = (
 
 __all__ = [
     "METHODS",
+    "AugmentationSettings",
     "Backtracking",
     "BacktrackingMethod",
     "Batch",

@@ -99,21 +99,12 @@ class BacktrackingMethod(DistributionMatchingMethod):
                 "objective backtracking has a stage of its own before the distillation, which "
                 "`fastdistill train` runs; here, give an Objective: Backtracking with a path"
             )
-        critic, path = networks.critic(), networks.path
-        if path is not None:
-            path.load_(path.last, critic.network)
-        return Backtracking(
-            networks.student,
-            networks.teacher,
-            critic,
-            self.student_times,
-            self.matching_law,
-            self.critic_law,
-            discriminator=networks.discriminator() if self.needs_discriminator else None,
-            settings=self.matching_settings(),
-            path=path,
-            interval=1 if path is None else self.steps_per_node(path.last, networks.training.steps),
-        )
+        parts, path = self.parts(networks), networks.path
+        if path is None:
+            return Backtracking(**parts, path=None, interval=1)
+        path.load_(path.last, parts["critic"].network)
+        interval = self.steps_per_node(path.last, networks.training.steps)
+        return Backtracking(**parts, path=path, interval=interval)
 
 
 class Degradation(Objective):

@@ -96,6 +96,11 @@ class Objective(nn.Module, abc.ABC):
         """
         return list(self.critic_modules())
 
+    def graded(self) -> list[Denoiser]:
+        """Denoisers whose passes keep a graph, be it for their weights or only for their input."""
+        trained = (self.student, *self.critic_modules().values())
+        return [module for module in trained if isinstance(module, Denoiser)]
+
     def before_step(self, step: int) -> None:
         """Host work before a step, as moving a schedule or replacing frozen weights in place.
 

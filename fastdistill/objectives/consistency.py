@@ -146,13 +146,13 @@ class Consistency(TrajectoryObjective):
         return Coefficients(share / level.alpha + (1 - share) * a, (1 - share) * b)
 
     def _check_start(self) -> None:
-        first = torch.tensor(self.settings.student_times[0])
-        alpha, sigma = self.student.process.alpha_sigma(first)
+        process = self.student.process
+        first = torch.tensor(self.settings.student_times[0], device="cpu")
+        alpha, sigma = process.alpha_sigma(first)
         highest = getattr(self.settings.pairs, "sigma_max", math.inf)
         if sigma / alpha > highest * 1.001:
+            latest = process.time_of_ratio(torch.tensor(highest, device="cpu"))
             raise ValueError(
                 f"student_times begins at {first:g}, where sigma / alpha is {sigma / alpha:g}, but "
-                f"pairs reach {highest:g}: begin at "
-                f"{float(self.student.process.time_of_ratio(torch.tensor(highest))):g} or below, "
-                "or raise pairs.sigma_max"
+                f"pairs reach {highest:g}: begin at {latest:g} or below, or raise pairs.sigma_max"
             )

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastdistill.diffusion import Parametrisation, TimestepLaw, loss_weight
 from fastdistill.models import Condition, Denoiser, Level
+from fastdistill.objectives.augmentation import AugmentationSettings, draw_transformation
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.ops import denoising_cotangent, log_snr_bin, renoise
 
@@ -70,15 +71,31 @@ def denoising_update(
     law: TimestepLaw,
     loss_space: Parametrisation,
     stream: str,
+    augmentation: AugmentationSettings | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Level]:
     """One weighted denoising loss of ``denoiser`` on clean samples [B, ...].
+
+    Args:
+        denoiser: the network that is trained.
+        batch: what is drawn from, and the conditions.
+        sample: clean samples.
+        law: law of the times.
+        loss_space: space of the squared error.
+        stream: name of the streams.
+        augmentation: ScoreAug's transformations of x_t and of the sample that is asked for.
 
     Returns:
         The (raw output, cotangent) pair, the loss of each sample [B], and the noise level.
     """
     noised = noised_for(denoiser, batch, sample, law, stream)
-    level = noised.level
-    raw = denoiser.network(noised.model_input, level.noise_condition, batch.condition)
+    level, told = noised.level, {}
+    if augmentation is not None:
+        drawn = draw_transformation(
+            augmentation, batch.noise, f"{stream}-augmentation", batch.index, batch.shape
+        )
+        sample, noised = drawn(sample), Noised(level, drawn(noised.x_t), drawn(noised.model_input))
+        told = {"omega": drawn.omega} if augmentation.conditioned else {}
+    raw = denoiser.network(noised.model_input, level.noise_condition, batch.condition, **told)
     pair, loss = denoising_pair(raw, sample, noised.x_t, level, loss_space, batch.scale)
     return pair, loss, level
 
@@ -114,6 +131,10 @@ class Denoising(Objective):
         law: law of the training times.
         loss_space: space of the squared error; the network's own makes its target unit-weighted.
         condition_dropout: share of the samples that see the null condition, for guidance.
+        augmentation: ScoreAug's transformations, for few data.
+
+    Raises:
+        ValueError: for an augmentation that the network cannot be trained with.
     """
 
     def __init__(
@@ -122,8 +143,12 @@ class Denoising(Objective):
         law: TimestepLaw,
         loss_space: Parametrisation | None = None,
         condition_dropout: float = 0.0,
+        augmentation: AugmentationSettings | None = None,
     ) -> None:
         super().__init__()
+        if augmentation is not None:
+            augmentation.check(student.network, "student")
+        self.augmentation = augmentation
         self.student = student
         self.law = law
         self.loss_space = loss_space or student.parametrisation
@@ -138,7 +163,8 @@ class Denoising(Objective):
             condition = drop_conditions(batch, self.condition_dropout, "condition-dropout")
             batch = dataclasses.replace(batch, condition=condition)
         pair, loss, level = denoising_update(
-            self.student, batch, sample, self.law, self.loss_space, "denoising"
+            *(self.student, batch, sample, self.law, self.loss_space, "denoising"),
+            self.augmentation,
         )
         bins = log_snr_bin(level.alpha, level.sigma, self.noise_bins, *self.log_snr_range)
         return Update([pair], {"loss": loss}, bins, ("loss",))

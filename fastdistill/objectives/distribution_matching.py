@@ -27,6 +27,7 @@ from torch import Tensor
 from fastdistill.diffusion import Parametrisation, TimestepLaw
 from fastdistill.models import Denoiser, Level
 from fastdistill.models.denoiser import concatenate_conditions
+from fastdistill.objectives.augmentation import AugmentationSettings
 from fastdistill.objectives.base import Batch, Update
 from fastdistill.objectives.denoising import denoising_pair, noised_for
 from fastdistill.objectives.discriminator import Discriminator, logistic_cotangent
@@ -56,6 +57,8 @@ class MatchingSettings:
     logit_clamp: float = 10.0
     ratio_min: float = 0.1
     ratio_max: float = 20.0
+    critic_augmentation: AugmentationSettings | None = None
+    """ScoreAug's transformations in the critic's loss."""
     share_critic_forward: bool = False
     """On the student's turn let the critic's forward at the student's (x_t, t), drawn from
     ``matching_law``, serve its own update too: a forward less, and one of its updates a cycle is
@@ -99,6 +102,13 @@ def check_sharing(settings: Any) -> None:
         raise ValueError(
             "share_critic_forward is not for critic_condition_dropout, since the pass that is "
             "shared has every condition; turn one of them off"
+        )
+    shares = settings.share_critic_forward or settings.share_feature_forward
+    if settings.critic_augmentation is not None and shares:
+        raise ValueError(
+            "critic_augmentation transforms what the critic reads, so that its pass cannot be "
+            "shared with one that asks for plain samples; turn share_critic_forward and "
+            "share_feature_forward off"
         )
 
 

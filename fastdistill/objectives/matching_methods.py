@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from fastdistill.choices import LawChoice, RewardChoice, check_reward
+from fastdistill.objectives.augmentation import AugmentationSettings
 from fastdistill.objectives.distribution_matching import (
     DistributionMatching,
     MatchingSettings,
@@ -51,6 +52,8 @@ class DistributionMatchingMethod(Method):
     stand_in: StandInSettings | None = None
     """A fitted Gaussian in the teacher's place above a noise level (docs/gaussian.md); null asks
     the teacher always."""
+    critic_augmentation: AugmentationSettings | None = None
+    """ScoreAug in the critic's loss; null trains it on plain samples."""
     share_critic_forward: bool = False
     """Let the critic's forward in the student's update serve one of its own updates, which then is
     at matching_law's times."""
@@ -94,10 +97,9 @@ class DistributionMatchingMethod(Method):
 
     def matching_settings(self) -> MatchingSettings:
         """The numbers that the objective reads."""
-        names = {field.name for field in dataclasses.fields(MatchingSettings)} - {"divergence"}
-        return MatchingSettings(
-            divergence=get_divergence(self.divergence), **self.model_dump(include=names)
-        )
+        names = {field.name for field in dataclasses.fields(MatchingSettings)}
+        chosen = {name: getattr(self, name) for name in names}
+        return MatchingSettings(**chosen | {"divergence": get_divergence(self.divergence)})
 
     def parts(self, networks: Networks) -> dict[str, Any]:
         """The arguments of the objective."""

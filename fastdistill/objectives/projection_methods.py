@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from fastdistill.choices import LawChoice, RewardChoice, check_reward
 from fastdistill.diffusion import KarrasIndex, LogNormalSigma
+from fastdistill.objectives.augmentation import AugmentationSettings
 from fastdistill.objectives.distances import get_distance
 from fastdistill.objectives.method import Method, Networks
 from fastdistill.objectives.score_projection import ScoreProjection
@@ -40,6 +41,8 @@ class ScoreProjectionMethod(Method):
     """Weight of the discriminator's loss beside the critic's."""
     critic_condition_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the critic's training samples that are shown the null condition."""
+    critic_augmentation: AugmentationSettings | None = None
+    """ScoreAug in the critic's loss; null trains it on plain samples."""
     reward: RewardChoice | None = None
     """What samples are wanted to be like; null is no reward."""
     reward_weight: float = Field(default=0.0, ge=0)
@@ -49,6 +52,11 @@ class ScoreProjectionMethod(Method):
     def _fits_together(self) -> ScoreProjectionMethod:
         get_distance(self.distance)
         check_reward(self.reward, self.reward_weight)
+        if self.critic_augmentation is not None and self.needs_discriminator:
+            raise ValueError(
+                "critic_augmentation transforms what the critic reads, so that its pass cannot "
+                "yield the discriminator's features; turn it off, or set gan_weight to 0"
+            )
         return self
 
     @property

@@ -126,6 +126,7 @@ class DecodedReward:
 
     def __call__(self, sample: Tensor, condition: Condition) -> Tensor:
         pictures = [
-            checkpoint(self.decoder, latent, use_reentrant=False) for latent in sample.split(1)
+            checkpoint(self.decoder, latent, use_reentrant=False, preserve_rng_state=False)
+            for latent in sample.split(1)
         ]
         return self.reward(torch.cat(pictures), condition)

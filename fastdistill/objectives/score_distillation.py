@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw
 from fastdistill.models import Denoiser, Level
 from fastdistill.models.denoiser import concatenate_conditions
+from fastdistill.objectives.augmentation import AugmentationSettings
 from fastdistill.objectives.base import Batch, Objective, Update
 from fastdistill.objectives.denoising import (
     denoising_pair,
@@ -78,6 +79,10 @@ class ScoreSettings(Protocol):
         """Share of the critic's training samples that are shown the null condition."""
 
     @property
+    def critic_augmentation(self) -> AugmentationSettings | None:
+        """ScoreAug's transformations in the critic's loss."""
+
+    @property
     def needs_discriminator(self) -> bool:
         """Whether the method reads a discriminator."""
 
@@ -125,6 +130,8 @@ class ScoreDistillation(Objective):
             raise ValueError(
                 f"reward_weight is {settings.reward_weight:g} with {given}; give both or neither"
             )
+        if settings.critic_augmentation is not None:
+            settings.critic_augmentation.check(critic.network, "critic")
         self.student, self.critic = student, critic
         self.discriminator = discriminator
         self.student_times = list(student_times)
@@ -166,7 +173,8 @@ class ScoreDistillation(Objective):
         """The critic's denoising loss on the samples."""
         batch = self._critics_view(batch)
         pair, loss, _ = denoising_update(
-            self.critic, batch, sample, self.critic_law, self.critic_loss_space, "critic"
+            *(self.critic, batch, sample, self.critic_law, self.critic_loss_space, "critic"),
+            self.settings.critic_augmentation,
         )
         return Update([pair], {"loss": loss})
 

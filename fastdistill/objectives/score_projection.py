@@ -125,6 +125,9 @@ class ScoreProjection(ScoreDistillation):
             reward,
         )
 
+    def graded(self) -> list[Denoiser]:
+        return [*super().graded(), self.teacher]
+
     def student_update(self, batch: Batch, sample: Tensor) -> Update:
         settings, elements = self.settings, sample[0].numel()
         noised = noised_for(self.teacher, batch, sample, self.matching_law, "matching")

@@ -63,6 +63,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_in_each_stage_the_run_is_bitwise_the_uninterrupted_one(runs):
     whole, killed = runs / "whole", runs / "killed"
     names = ["metrics.jsonl", "student/model.safetensors", "teacher/model.safetensors"]
@@ -71,6 +72,7 @@ def test_killed_in_each_stage_the_run_is_bitwise_the_uninterrupted_one(runs):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_path_begins_at_the_teacher_and_moves_with_every_node(runs):
     folder = runs / "whole"
     nodes = NodeFolder(folder / "nodes", 3)
@@ -85,6 +87,7 @@ def test_the_path_begins_at_the_teacher_and_moves_with_every_node(runs):
     assert "Degradation" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_critic_begins_at_the_last_node_and_the_target_ends_bit_for_bit(runs, precision):
     folder = runs / "whole"
@@ -109,6 +112,7 @@ def test_the_critic_begins_at_the_last_node_and_the_target_ends_bit_for_bit(runs
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_from_a_node_that_is_missing_or_altered(runs, tmp_path):
     for number, (spoil, message) in enumerate(
         (

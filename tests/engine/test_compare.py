@@ -84,7 +84,7 @@ def test_real_runs_become_a_table_and_a_page_that_needs_no_other_file(real, tmp_
 def test_a_row_is_the_runs_that_differ_by_seed_alone_and_a_column_is_what_differs_else(tmp_path):
     found = table(
         made_up(tmp_path / "a", student=2.0),
-        made_up(tmp_path / "b", "seed=1", student=5.0),
+        made_up(tmp_path / "b", "seed=1", "training.checkpoint_every=9", student=5.0),
         made_up(tmp_path / "c", "objective.divergence=jensen_shannon", "seed=1", student=3.0),
     )
     assert list(found) == ["teacher", "a, b (2 seeds)", "c"]

@@ -56,7 +56,7 @@ def test_overrides_change_nested_keys():
         ("model.name=digit", "model: name 'digit' is unknown; did you mean 'digits'"),
         ("model={width: 3}", "model.name is missing"),
         ("data={name: imges}", "data: name 'imges' is unknown; did you mean 'images'"),
-        ("data={name: labels}", "model digits is for the digits, but data is labels"),
+        ("data={name: labels}", "model digits is for data digits, but data is labels"),
         ("data=folder", "data.path is no key"),
         ("model={name: pretrained}", "a pretrained model is not trained here"),
         ("teacher={}", "teacher needs either path or training"),

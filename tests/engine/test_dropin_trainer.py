@@ -237,7 +237,7 @@ class Network(torch.nn.Module):
 
 WRONG = [
     ({"objective": "dmd3"}, "objective is 'dmd3'; expected one of distribution_matching, diff_in"),
-    ({"guidance": 3}, "guidance is no option of Trainer; options of the objective are critic_c"),
+    ({"guidance": 3}, "guidance is no option of Trainer; options of the objective are critic_a"),
     ({"data": None}, "data is missing"),
     ({"data": 3}, "data is a int; expected a folder, a tensor of samples"),
     ({"data": torch.zeros(4, 3, 8, 8)}, r"samples have shape \[3, 8, 8\]; the teacher's have \[4"),

@@ -15,13 +15,13 @@ from fastdistill.cli import app
 from fastdistill.config import RecipeError
 from fastdistill.data import digits
 from fastdistill.diffusion import Noise
-from fastdistill.engine import sampling
+from fastdistill.engine import judge
 from fastdistill.engine.export import export
 from fastdistill.engine.gaussian import FitSettings, fit_source
 from fastdistill.engine.job import Job
-from fastdistill.engine.judge import Judge
 from fastdistill.engine.sampling import EVALUATION_STEP, sample_student
 from fastdistill.engine.saved import load_denoiser
+from fastdistill.engine.scores import Scores
 from fastdistill.gaussian import GaussianMixture, fit_gaussian, load_gaussian, save_gaussian
 
 
@@ -31,11 +31,11 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def unjudged():
-    """Runs without scores and timings, which take longer than all the rest."""
+    """Runs without the digits' scores, which take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Judge, "scores", lambda *_: {})
-        seconds = {"teacher": 1.0, "student": 1.0}
-        patch.setattr(sampling, "seconds_per_thousand", lambda *_, **__: seconds)
+        patch.setattr(
+            judge, "scores_of", lambda data, pictures, seed, _: Scores(data, pictures, seed)
+        )
         yield
 
 

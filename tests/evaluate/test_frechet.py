@@ -9,6 +9,7 @@ import torch
 
 from fastdistill.evaluate import (
     GaussianStatistics,
+    feature_statistics,
     frechet_distance,
     gaussian_statistics,
     matched_frechet_distance,
@@ -148,6 +149,24 @@ def test_moments_of_half_precision_features_are_taken_in_float64():
     features = (normal(3000, 2, seed=1) + 50).bfloat16()
     expected = gaussian_statistics(features.double())
     torch.testing.assert_close(gaussian_statistics(features).covariance, expected.covariance)
+
+
+def test_any_extractor_gives_the_features():
+    """Batches of images through a callable, against the matrix square root of the product."""
+    projection = normal(12, 5, seed=1)
+
+    def extract(images):
+        return (images.flatten(1) @ projection).tanh()[:, :, None, None]
+
+    a, b = normal(300, 3, 2, 2, seed=2), 0.7 * normal(200, 3, 2, 2, seed=3) + 0.2
+    found = frechet_distance(
+        feature_statistics(a.split(70), extract), feature_statistics(b.split(70), extract)
+    )
+    fa, fb = (extract(x).flatten(1).numpy() for x in (a, b))
+    ca, cb = np.cov(fa.T), np.cov(fb.T)
+    root = np.real(scipy.linalg.sqrtm(ca @ cb))
+    expected = np.square(fa.mean(0) - fb.mean(0)).sum() + np.trace(ca + cb - 2 * root)
+    assert found == pytest.approx(expected, rel=1e-8)
 
 
 # --- the yardstick --------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.evaluate import precision_recall
+from fastdistill.evaluate import density_coverage, precision_recall
 
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
@@ -112,3 +112,42 @@ def test_bad_input_is_refused():
         precision_recall(real, normal(10, 4, seed=1))
     with pytest.raises(ValueError, match="generated: 3 of 30 elements are not finite"):
         precision_recall(real, torch.cat([real[:9], torch.full((1, 3), float("nan"))]))
+
+
+# --- density and coverage -------------------------------------------------------------------------
+
+
+def test_balls_are_counted_for_density_and_held_for_coverage():
+    real = line(0.0, 1.0, 3.0, 7.0, 15.0)
+    # k=1 balls: [-1, 1], [0, 2], [1, 5], [3, 11], [7, 23]
+    found = density_coverage(real, line(0.5, 0.6, 4.0, 100.0), k=1)
+    assert found.density == pytest.approx((2 + 2 + 2 + 0) / 4)
+    assert found.coverage == pytest.approx(4 / 5)
+
+
+def test_density_is_about_one_and_coverage_as_the_lemma_says_for_equal_laws():
+    """arXiv 2002.09797, lemma 2: E coverage = 1 - (n-1)...(n-k) / ((2n-1)...(2n-k))."""
+    n, k = 300, 5
+    found = [
+        density_coverage(normal(n, 4, seed=s), normal(n, 4, seed=100 + s), k) for s in range(8)
+    ]
+    expected = 1.0
+    for i in range(1, k + 1):
+        expected *= (n - i) / (2 * n - i)
+    assert sum(pair.density for pair in found) / 8 == pytest.approx(1.0, abs=0.05)
+    assert sum(pair.coverage for pair in found) / 8 == pytest.approx(1 - expected, abs=0.01)
+
+
+def test_an_outlier_is_recalled_but_covers_nothing():
+    """One far generated sample blows up recall's balls; coverage looks at the real ones alone."""
+    real = normal(100, 2, seed=1)
+    generated = torch.cat((normal(4, 2, seed=2) * 200, real[:1].repeat(50, 1)))
+    assert precision_recall(real, generated).recall > 0.9
+    assert density_coverage(real, generated).coverage < 0.2
+
+
+def test_a_dropped_mode_costs_coverage_and_not_density():
+    left, right = normal(80, 3, seed=1), normal(40, 3, seed=2) + 100
+    found = density_coverage(torch.cat([left, right]), left)
+    assert found.density > 1
+    assert found.coverage == pytest.approx(80 / 120)

@@ -64,3 +64,16 @@ def test_classes_and_noise_levels_are_told_apart():
     assert len(by_level.flatten(1).unique(dim=0)) == 3
     plain = network(classes=0)
     assert plain(x, level, None).shape == x.shape
+
+
+def test_octaves_let_the_digits_network_read_waves_of_a_vector():
+    """The first layer sees x, sin x, cos x, sin 2x, cos 2x; without octaves x alone."""
+    torch.manual_seed(0)
+    plain, waves = (DigitsNetwork((2,), 0, 8, 1, octaves=octaves) for octaves in (0, 2))
+    assert (plain.enter.in_features, waves.enter.in_features) == (2, 10)
+    seen: list[torch.Tensor] = []
+    waves.enter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.tensor([[0.3, -1.2]])
+    assert waves(x, torch.zeros(1), None).shape == (1, 2)
+    expected = torch.cat((x, x.sin(), x.cos(), (2 * x).sin(), (2 * x).cos()), dim=1)
+    torch.testing.assert_close(seen[0], expected)

@@ -35,7 +35,9 @@ def denoiser(seed: int, parametrisation=None) -> Denoiser:
     return Denoiser(network, EDM(), parametrisation or EDMPreconditioning())
 
 
-def objective(critic: Denoiser | None = None, **changes) -> ScoreProjection:
+def objective(
+    teacher: Denoiser | None = None, critic: Denoiser | None = None, **changes
+) -> ScoreProjection:
     chosen = ScoreProjectionMethod(name="score_projection", student_times=(2.5,), **changes)
     discriminator = None
     if chosen.needs_discriminator:
@@ -43,7 +45,7 @@ def objective(critic: Denoiser | None = None, **changes) -> ScoreProjection:
         discriminator = Discriminator([(24,), (24,)])
     return ScoreProjection(
         denoiser(0),
-        denoiser(1),
+        teacher or denoiser(1),
         critic or denoiser(2),
         chosen.student_times,
         LAW,
@@ -73,17 +75,20 @@ def frozen_gradients(method: ScoreProjection, at: Batch) -> list[Tensor]:
     return [value.grad for value in method.student.parameters()]
 
 
-@pytest.mark.parametrize("other", [None, Epsilon()], ids=["one kind", "two kinds"])
+@pytest.mark.parametrize(
+    "kinds",
+    [(None, None), (None, Epsilon()), (Epsilon(), None)],
+    ids=["one kind", "scaled teacher", "scaled critic"],
+)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_the_students_gradient_is_autograds_through_both_networks(
-    other, guidance_scale, normalise, reference_backend
+    kinds, guidance_scale, normalise, reference_backend
 ):
     """Through renoising, c_in and both denoisers, against the loss as a graph in float64."""
     alpha, weight = 1.2, 0.5
-    critic = denoiser(2, other)
     method = objective(
-        critic,
+        *(denoiser(seed, kind) for seed, kind in enumerate(kinds, start=1)),
         alpha=alpha,
         projection_weight=weight,
         normalise=normalise,
@@ -141,7 +146,7 @@ def test_real_and_generated_samples_share_noise_and_level(monkeypatch):
         method.critic.network, "_hidden", lambda *args: seen.append(args) or hidden(*args)
     )
     method.critic_update(at, sample)
-    (fake, level, _), (real, real_level, _) = seen
+    (fake, level, *_), (real, real_level, *_) = seen
     torch.testing.assert_close(level, real_level)
     c_in = ((4 * level).exp().square() + 0.25).rsqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(real - fake, c_in * (at.real - sample), rtol=1e-5, atol=1e-6)
@@ -159,6 +164,26 @@ def test_critic_learns_without_conditions_as_often_as_asked():
     torch.testing.assert_close(found["tokens"][~dropped], condition["tokens"][~dropped])
     with pytest.raises(ValueError, match="null condition"):
         drop_conditions(dataclasses.replace(at, uncondition=None), 0.3, "stream")
+
+
+@pytest.mark.parametrize("gan_weight", [0.0, 0.1])
+def test_the_critics_update_is_shown_null_conditions_and_the_students_is_not(
+    gan_weight, monkeypatch
+):
+    method = objective(critic_condition_dropout=0.5, gan_weight=gan_weight)
+    at = batch(real=torch.randn(COUNT, 1, 8, 8, dtype=torch.float64))
+    seen = []
+    hidden = method.critic.network._hidden
+    monkeypatch.setattr(
+        method.critic.network, "_hidden", lambda *args: seen.append(args[2]) or hidden(*args)
+    )
+    sample = sample_of(method, at)
+    method.student_update(at, sample)
+    torch.testing.assert_close(seen.pop(), at.condition)
+    method.critic_update(at, sample.detach())
+    for condition in seen:
+        assert 0 < int((condition == 10).sum()) < COUNT
+        torch.testing.assert_close(condition, seen[0])
 
 
 @pytest.mark.parametrize(
@@ -223,6 +248,17 @@ def test_settings_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(RecipeError) as error:
         load_recipe("digits", overrides)
     assert message in str(error.value)
+
+
+def test_methods_say_what_they_read_before_they_start():
+    def method(*overrides):
+        return load_recipe("digits", [*overrides]).objective
+
+    assert not method("objective=sid").needs_real
+    assert method("objective=sida").needs_real
+    assert not method("objective=sid").needs_null
+    assert method("objective=sid", "objective.critic_condition_dropout=0.1").needs_null
+    assert method("objective=esd").needs_null
 
 
 def test_a_discriminator_and_a_gan_weight_go_together():

@@ -13,7 +13,6 @@ import torch
 from gaussian_methods import Case, Gaussian, make, some_cases, standard_case, student_gradient
 from torch import nn
 
-from fastdistill.models import Denoiser
 from fastdistill.objectives import Discriminator, ScoreProjection, ScoreProjectionMethod
 from fastdistill.ops import Distance
 
@@ -106,17 +105,20 @@ class _Detached(Gaussian):
         return super().forward(x.detach(), t, condition) + 0 * x
 
 
-def test_detaching_the_networks_input_is_seen_in_the_scale():
-    """The mistake that a test of the mean alone lets pass: 2.0973 and -1.650."""
-    case = standard_case()
+@CASES
+def test_a_detached_teacher_is_seen_in_the_scale_and_not_in_the_mean(case):
+    """The mistake that a test of the mean alone lets pass; a detached critic shows in both."""
     g = case.gaussians
-    objective = make(ScoreProjection, case, settings(), critic=_Detached(case, g.mean, g.scale))
-    objective._frozen = (
-        Denoiser(_Detached(case, 0.0, 1.0), case.process, objective.teacher.parametrisation),
-    )
-    objective.teacher.requires_grad_(False)
-    found = student_gradient(objective, case)
-    assert found[1] * score_scale(case) ** 2 != pytest.approx(SIM_L2[1], rel=0.1)
+    right = student_gradient(make(ScoreProjection, case, settings()), case)
+    careless = make(ScoreProjection, case, settings())
+    careless.teacher.network = _Detached(case, 0.0, g.teacher_variance**0.5).requires_grad_(False)
+    mean, scale = student_gradient(careless, case)
+    assert mean == pytest.approx(right[0], rel=1e-9)
+    assert scale != pytest.approx(right[1], rel=0.1), case
+    critic = _Detached(case, g.mean, g.scale)
+    found = student_gradient(make(ScoreProjection, case, settings(), critic=critic), case)
+    assert found[0] != pytest.approx(right[0], rel=0.1), case
+    assert found[1] != pytest.approx(right[1], rel=0.1), case
 
 
 @CASES

@@ -71,6 +71,15 @@ def test_a_gan_on_the_critics_features_is_the_same_in_every_mode():
         assert_same_training(found, expected)
 
 
+def test_gradients_through_a_sharded_teacher_are_the_same_in_every_mode():
+    """SiDA: the student's gradient passes through teacher and critic, whose weights it leaves."""
+    method = ("objective=sida", "objective.critic_condition_dropout=0.3")
+    expected = train(Ranks(), Setup(steps=10, overrides=method))
+    for mode in ("resident", "fsdp"):
+        setup = Setup(mode, steps=10, overrides=method, shards_teacher=True, recomputes=True)
+        assert_same_training(run_ranks(2, train, setup)[0], expected)
+
+
 def refused_rounding(ranks: Ranks) -> None:
     options = ("training.precision=bfloat16", "training.stochastic_rounding=true")
     with pytest.raises(ValueError, match="stochastic_rounding is for one process"):

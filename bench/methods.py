@@ -1,0 +1,186 @@
+"""Every distillation method on one recipe, over several seeds, as a table.
+
+python -m bench.methods digits --output runs/methods-digits > docs/results/digits-methods.md
+
+Each seed trains one teacher, which all methods share. Runs that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import describe
+from fastdistill.engine.compare import Cell
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method and what it is run with, besides the recipe."""
+
+    label: str
+    overrides: tuple[str, ...]
+    recipes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Further overrides for one recipe."""
+
+    def arguments(self, recipe: str) -> tuple[str, ...]:
+        """All that differs from the recipe."""
+        return self.overrides + tuple(self.recipes.get(recipe, ()))
+
+
+CASES = (
+    Case("Diff-Instruct", ("objective=diff_instruct",)),
+    Case("DMD (reverse KL)", ("objective=dmd",)),
+    Case("DMD2", ("objective=dmd2",)),
+    Case("f-distill, Jensen-Shannon", ("objective=f_distill",)),
+    Case("f-distill, forward KL", ("objective=f_distill", "objective.divergence=forward_kl")),
+)
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "digits": {
+        "pixels": "frechet_pixel_student",
+        "features": "frechet_features_student",
+        "precision": "precision_student",
+        "recall": "recall_student",
+        "Vendi": "vendi_student",
+    },
+}
+"""What a recipe's table shows, by title."""
+
+
+def train(recipe: str, overrides: Sequence[str], folder: Path) -> dict[str, Any] | None:
+    """The summary of one run, made now unless it is there; None where it fails."""
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        action = (
+            ["resume", str(folder)]
+            if (folder / "recipe.yaml").is_file()
+            else ["train", recipe, *overrides, "--output", str(folder)]
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f"{folder.name}.log").open("w") as log:
+            subprocess.run(
+                [sys.executable, "-m", "fastdistill", *action],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=REPOSITORY,
+                check=False,
+            )
+    return json.loads(summary.read_text()) if summary.is_file() else None
+
+
+def name(label: str) -> str:
+    """A label as the name of a folder."""
+    return "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
+
+
+def minutes(folder: Path) -> float:
+    """Duration of the distillation, by the speed at its log points."""
+    from fastdistill.engine.compare import Run
+
+    return Run.read(folder).minutes or float("nan")
+
+
+def measure(
+    recipe: str, cases: Sequence[Case], seeds: Sequence[int], output: Path, jobs: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Summaries by label, one a seed; a label whose run failed has fewer."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+
+        def first(seed: int) -> Any:
+            return train(recipe, (f"seed={seed}",), output / f"teacher-{seed}")
+
+        list(pool.map(first, seeds))
+
+        def one(job: tuple[Case, int]) -> tuple[str, dict[str, Any] | None]:
+            case, seed = job
+            teacher = output / f"teacher-{seed}" / "teacher"
+            overrides = (f"seed={seed}", f"teacher={teacher.resolve()}", *case.arguments(recipe))
+            folder = output / f"{name(case.label)}-{seed}"
+            summary = train(recipe, overrides, folder)
+            if summary is not None:
+                summary["minutes"] = minutes(folder)
+            print(f"{case.label}, seed {seed}: {'done' if summary else 'FAILED'}", file=sys.stderr)
+            return case.label, summary
+
+        found: dict[str, list[dict[str, Any]]] = {case.label: [] for case in cases}
+        for label, summary in pool.map(one, [(case, seed) for seed in seeds for case in cases]):
+            if summary is not None:
+                found[label].append(summary)
+    return found
+
+
+def table(recipe: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Markdown: mean of the seeds, ± half of the range."""
+    columns = COLUMNS[recipe] | {
+        "minutes": "minutes",
+        "GiB": "peak_memory_gib",
+    }
+    lines = [
+        "| method | steps | " + " | ".join(columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    teachers = [summaries[0] for summaries in found.values() if summaries][:1]
+    if teachers:
+        roles = {title: key.replace("_student", "_teacher") for title, key in columns.items()}
+        rows = next(summaries for summaries in found.values() if summaries)
+        cells = [cell(rows, key) if key in rows[0] else "" for key in list(roles.values())[:-2]]
+        evaluations = rows[0]["evaluations_teacher"]
+        lines.append(f"| *teacher* | {evaluations} | " + " | ".join([*cells, "", ""]) + " |")
+    for label, summaries in found.items():
+        if not summaries:
+            lines.append(f"| {label} | | " + " | ".join(["failed"] * len(columns)) + " |")
+            continue
+        cells = [cell(summaries, key) for key in columns.values()]
+        steps = summaries[0]["evaluations_student"]
+        lines.append(f"| {label} | {steps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Mean and half range of a number that all have; a dash where one has it not."""
+    values = [summary.get(key) for summary in summaries]
+    if any(value is None for value in values):
+        return "-"
+    return str(Cell.of([float(value) for value in values if value is not None]))
+
+
+def headline() -> str:
+    """Date, machine and versions."""
+    facts = describe(torch.device("cpu"))
+    return (
+        f"{facts['date']}; {facts['cores']} cores of {facts['cpu']}, one thread a run; "
+        f"Python {facts['python']}, torch {facts['torch']}. Command: `{facts['command']}`."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", choices=sorted(COLUMNS))
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="labels of methods")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    arguments = parser.parse_args()
+    cases = [case for case in CASES if not arguments.only or case.label in arguments.only]
+    found = measure(
+        arguments.recipe, cases, arguments.seeds, arguments.output.resolve(), arguments.jobs
+    )
+    print(f"{headline()}\n\n{table(arguments.recipe, found)}")
+
+
+if __name__ == "__main__":
+    main()
