@@ -12,13 +12,17 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Denoiser": "fastdistill.models",
+    "Gaussian": "fastdistill.gaussian",
     "Job": "fastdistill.engine.job",
     "Noise": "fastdistill.diffusion",
+    "TeleportScheduler": "fastdistill.gaussian",
     "Trainer": "fastdistill.engine.dropin",
     "accelerate": "fastdistill.layers",
     "export": "fastdistill.engine.export",
     "functional": "fastdistill.functional",
+    "fit_gaussian": "fastdistill.gaussian",
     "load_denoiser": "fastdistill.engine.saved",
+    "load_gaussian": "fastdistill.gaussian",
     "load_recipe": "fastdistill.config",
     "ops": "fastdistill.ops",
     "optim": "fastdistill.optim",

@@ -91,6 +91,7 @@ LawChoice = Annotated[
     _Choice(
         {
             "log_normal_sigma": timesteps.LogNormalSigma,
+            "log_uniform_sigma": timesteps.LogUniformSigma,
             "karras_index": timesteps.KarrasIndex,
             "uniform": timesteps.Uniform,
             "logit_normal": timesteps.LogitNormal,
@@ -118,6 +119,7 @@ def _absolute(path: Any) -> Any:
 
 
 FolderPath = Annotated[str | None, BeforeValidator(_absolute)]
+FilePath = Annotated[str, BeforeValidator(_absolute)]
 
 
 class DigitsModel(Settings):

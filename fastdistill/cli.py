@@ -1,4 +1,4 @@
-"""The command line: encode, plan, train, resume, sample, evaluate, compare, export, info, bench."""
+"""The command line: encode, plan, train, sample, evaluate, export, gaussian, bench and others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from fastdistill.cli_gaussian import gaussian_app
 
 if TYPE_CHECKING:
     from fastdistill.engine.job import Job
@@ -29,6 +31,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default
 def say(line: str) -> None:
     """Print one line for a person."""
     console.print(line, markup=False)
+
+
+app.add_typer(gaussian_app, name="gaussian")
 
 
 @app.command()

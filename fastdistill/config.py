@@ -279,6 +279,9 @@ class Recipe(Settings):
     """The stage before the distillation that objective backtracking needs; others leave it out."""
     start: FolderPath = None
     """A saved student to start at, as another run's student/; null is a copy of the teacher."""
+    start_noise: FolderPath = None
+    """File of a fitted Gaussian (docs/gaussian.md): the student's first input has its marginal at
+    that noise level, where null is pure noise."""
     training: TrainingSettings
     """The distillation."""
     parallel: ParallelSettings = ParallelSettings()

@@ -22,6 +22,8 @@ from fastdistill.diffusion.parametrisation import (
 )
 from fastdistill.diffusion.process import EDM, VP, AlphaSigma, Process, RectifiedFlow
 from fastdistill.diffusion.samplers import (
+    Start,
+    Teleport,
     deterministic,
     few_step,
     heun,
@@ -40,6 +42,7 @@ from fastdistill.diffusion.timesteps import (
     KarrasIndex,
     LogitNormal,
     LogNormalSigma,
+    LogUniformSigma,
     TimestepLaw,
     Uniform,
 )
@@ -59,6 +62,7 @@ __all__ = [
     "ImprovedPairs",
     "KarrasIndex",
     "LogNormalSigma",
+    "LogUniformSigma",
     "LogitNormal",
     "Noise",
     "PairLaw",
@@ -67,7 +71,9 @@ __all__ = [
     "Process",
     "Reach",
     "RectifiedFlow",
+    "Start",
     "Target",
+    "Teleport",
     "TimestepLaw",
     "Uniform",
     "V",

@@ -17,6 +17,12 @@ from fastdistill.diffusion.process import Process
 from fastdistill.ops import renoise
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Teleport = Callable[[Tensor, Sequence[float]], tuple[Tensor, Sequence[float]]]
+"""Carries samples in EDM's variables from the first of the levels to a later one, and returns them
+with the levels that are left: `fastdistill.gaussian.Gaussian.teleport`."""
+Start = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Makes a student's first input at (alpha, sigma) [B] of standard normal noise [B, ...], as
+`fastdistill.gaussian.Gaussian.marginal`."""
 
 
 def karras_sigmas(
@@ -28,7 +34,13 @@ def karras_sigmas(
     return [(high + i / between * (low - high)) ** rho for i in range(steps)] + [0.0]
 
 
-def heun(denoise: Denoise, noise: Tensor, process: Process, sigmas: Sequence[float]) -> Tensor:
+def heun(
+    denoise: Denoise,
+    noise: Tensor,
+    process: Process,
+    sigmas: Sequence[float],
+    teleport: Teleport | None = None,
+) -> Tensor:
     """Heun's method (arXiv 2206.00364, algorithm 1), 2 n - 1 evaluations over n levels.
 
     Args:
@@ -37,12 +49,13 @@ def heun(denoise: Denoise, noise: Tensor, process: Process, sigmas: Sequence[flo
         process: the process that the denoiser was trained on.
         sigmas: levels of sigma / alpha from the highest to 0, as `karras_sigmas` gives them; the
             highest should be one that the process reaches.
+        teleport: passes over the first steps; none if None.
 
     Returns:
         Samples [B, ...].
     """
     evaluate = in_edm_variables(denoise, process)
-    x = noise * sigmas[0]
+    x, sigmas = _start(noise, sigmas, teleport)
     for sigma, next_sigma in itertools.pairwise(sigmas):
         slope = (x - evaluate(x, sigma)) / sigma
         euler = x + (next_sigma - sigma) * slope
@@ -55,18 +68,30 @@ def heun(denoise: Denoise, noise: Tensor, process: Process, sigmas: Sequence[flo
 
 
 def deterministic(
-    denoise: Denoise, noise: Tensor, process: Process, sigmas: Sequence[float]
+    denoise: Denoise,
+    noise: Tensor,
+    process: Process,
+    sigmas: Sequence[float],
+    teleport: Teleport | None = None,
 ) -> Tensor:
     """Euler's method, which is DDIM with eta = 0: one evaluation a level, for few steps.
 
     Arguments and result are those of `heun`.
     """
     evaluate = in_edm_variables(denoise, process)
-    x = noise * sigmas[0]
+    x, sigmas = _start(noise, sigmas, teleport)
     for sigma, next_sigma in itertools.pairwise(sigmas):
         denoised = evaluate(x, sigma)
         x = denoised + (next_sigma / sigma) * (x - denoised)
     return x
+
+
+def _start(
+    noise: Tensor, sigmas: Sequence[float], teleport: Teleport | None
+) -> tuple[Tensor, Sequence[float]]:
+    """Where a deterministic sampler begins, and the levels that it goes through."""
+    x = noise * sigmas[0]
+    return (x, sigmas) if teleport is None else teleport(x, sigmas)
 
 
 def few_step(
@@ -77,6 +102,7 @@ def few_step(
     index: Tensor,
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
+    start: Start | None = None,
 ) -> Tensor:
     """The student's sampler: denoise, renoise to the next time with fresh noise, and so on.
 
@@ -91,12 +117,13 @@ def few_step(
         index: global index of each sample, int64 [B].
         shape: shape of one sample.
         dtype: dtype of the samples.
+        start: makes the first input; `starting_point`'s pure noise if None.
 
     Returns:
         Samples [B, *shape].
     """
     t = torch.full(index.shape, times[0], device=index.device)
-    x0 = student(starting_point(process, t, noise, index, shape, dtype), t)
+    x0 = student(starting_point(process, t, noise, index, shape, dtype, start), t)
     for k, time in enumerate(times[1:], start=1):
         t = torch.full(index.shape, time, device=index.device)
         x_t = renoise(x0, *process.alpha_sigma(t), noise.key(f"renoise-{k}"), index).x_t
@@ -111,9 +138,16 @@ def starting_point(
     index: Tensor,
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
+    start: Start | None = None,
 ) -> Tensor:
-    """Pure noise of the scale that the student starts from at time t  # [B, *shape]"""
+    """What the student starts from at time t  # [B, *shape]
+
+    Pure noise of the process' scale, or what ``start`` makes of standard normal noise: a fitted
+    Gaussian's marginal at t.
+    """
     z = noise.normal("latents", index, shape, dtype)
+    if start is not None:
+        return start(z, *process.alpha_sigma(t))
     return process.start_scale(t).to(dtype).reshape(-1, *[1] * len(shape)) * z
 
 

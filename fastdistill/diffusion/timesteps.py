@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +20,9 @@ class TimestepLaw(Protocol):
     def sample(self, process: Process, noise: Noise, stream: str, index: Tensor) -> Tensor:
         """Times of the samples with these global indices, float32 [B]."""
 
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
+        """Times below whose noise levels the law lies with probability ``u``, of its shape."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LogNormalSigma:
@@ -28,6 +33,24 @@ class LogNormalSigma:
 
     def sample(self, process: Process, noise: Noise, stream: str, index: Tensor) -> Tensor:
         return process.time_of_ratio((self.mean + self.std * noise.normal(stream, index)).exp())
+
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
+        return process.time_of_ratio((self.mean + self.std * torch.special.ndtri(u)).exp())
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniformSigma:
+    """ln(sigma / alpha) uniform between two levels."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def sample(self, process: Process, noise: Noise, stream: str, index: Tensor) -> Tensor:
+        return self.quantile(process, noise.uniform(stream, index))
+
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return process.time_of_ratio((low + u * (high - low)).exp())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +68,9 @@ class KarrasIndex:
     rho: float = 7.0
 
     def sample(self, process: Process, noise: Noise, stream: str, index: Tensor) -> Tensor:
-        u = noise.uniform(stream, index)
+        return self.quantile(process, noise.uniform(stream, index))
+
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
         level = self.first + (u * (self.last + 1 - self.first)).floor()
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return process.time_of_ratio((low + level / (self.steps - 1) * (high - low)) ** self.rho)
@@ -59,7 +84,9 @@ class Uniform:
     high: float = 1.0
 
     def sample(self, process: Process, noise: Noise, stream: str, index: Tensor) -> Tensor:
-        u = noise.uniform(stream, index)
+        return self.quantile(process, noise.uniform(stream, index))
+
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
         return process.time_of_position(self.low + (self.high - self.low) * u)
 
 
@@ -74,6 +101,10 @@ class LogitNormal:
         logit = self.mean + self.std * noise.normal(stream, index)
         return process.time_of_position(torch.sigmoid(logit))
 
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
+        logit = self.mean + self.std * torch.special.ndtri(u)
+        return process.time_of_position(torch.sigmoid(logit))
+
 
 @dataclasses.dataclass(frozen=True)
 class FixedList:
@@ -82,9 +113,17 @@ class FixedList:
     times: tuple[float, ...]
 
     def sample(self, process: Process, noise: Noise, stream: str, index: Tensor) -> Tensor:
-        # A tensor of the list would be a copy from the host in every step; scalars are not.
-        position = noise.uniform(stream, index) * len(self.times)
-        t = torch.full_like(position, self.times[0])
-        for k, time in enumerate(self.times[1:], start=1):
-            t = torch.where(position >= k, time, t)
-        return t
+        return _choose(self.times, noise.uniform(stream, index))
+
+    def quantile(self, process: Process, u: Tensor) -> Tensor:
+        return _choose(sorted(self.times), u)  # every process' clock rises with the noise
+
+
+def _choose(times: Sequence[float], u: Tensor) -> Tensor:
+    """The time whose share of [0, 1] holds u, all having the same."""
+    # A tensor of the list would be a copy from the host in every step; scalars are not.
+    position = u * len(times)
+    t = torch.full_like(position, times[0])
+    for k, time in enumerate(times[1:], start=1):
+        t = torch.where(position >= k, time, t)
+    return t

@@ -212,7 +212,8 @@ class Trainer:
             return student(x_t, t, condition)
 
         shape = self.data.shape
-        return few_step(denoise, student.process, self.student_times, noise, index, shape)
+        times, start = self.student_times, student.start
+        return few_step(denoise, student.process, times, noise, index, shape, start=start)
 
     def _networks(self, student: Denoiser | None, critic: Denoiser | None) -> GivenNetworks:
         teacher = frozen = self.teacher

@@ -107,6 +107,11 @@ def export_pipeline(
             teacher that is not its teacher.
         OSError: if the disk is full or not writable; nothing is left behind.
     """
+    if student.start is not None:
+        raise ValueError(
+            "the student starts from a Gaussian's marginal (start_noise), but diffusers' "
+            "schedulers start from pure noise; sample it with `fastdistill sample`"
+        )
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another folder, or remove it first")

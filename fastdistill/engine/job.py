@@ -35,6 +35,7 @@ from fastdistill.data import Data
 from fastdistill.engine.checkpoint import Checkpoint, CheckpointStore
 from fastdistill.engine.devices import choose_device
 from fastdistill.engine.folder import write_text
+from fastdistill.engine.gaussian import stand_in_report
 from fastdistill.engine.inputs import open_data, own_data
 from fastdistill.engine.judge import Judge
 from fastdistill.engine.log import RunLog
@@ -297,6 +298,10 @@ class Job:
             summary, columns = self.judge.compare(
                 networks.teacher, student, scored=self.ranks.is_first
             )
+        stand_in = getattr(objective, "stand_in", None)
+        if stand_in is not None:
+            scale = recipe.objective.guidance_scale
+            summary |= stand_in_report(stand_in, networks.teacher, self.data, recipe.seed, scale)
         if not self.ranks.is_first:
             return None
         self.judge.scores.draw(self.folder / "grid.png", columns)
@@ -339,7 +344,7 @@ class Job:
         description = description.model_copy(update={"two_times": two_times})
         if self.ranks.is_first:
             named = {name.removeprefix("network."): value for name, value in weights.items()}
-            save_denoiser(folder, named, description)
+            save_denoiser(folder, named, description, trainer.objective.student.start)
         self.ranks.barrier()
 
     def _parallel(self, student: Denoiser) -> Parallel:

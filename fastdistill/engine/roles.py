@@ -26,6 +26,7 @@ from fastdistill.engine.saved import (
     load_denoiser,
     load_weights,
 )
+from fastdistill.gaussian import Gaussian, load_gaussian
 from fastdistill.models import Denoiser, ExactDenoiser
 from fastdistill.objectives import Discriminator, Objective, Reward
 from fastdistill.objectives.backtracking import DegradationPath
@@ -198,13 +199,26 @@ def make_student(recipe: Recipe, teacher: Denoiser, frozen: Denoiser) -> Denoise
     """
     rank = _rank(recipe, "student_lora")
     if rank is None:
-        return copy.deepcopy(teacher).requires_grad_(True).train()
-    from fastdistill.models.lora import add_lora
+        student = copy.deepcopy(teacher).requires_grad_(True).train()
+    else:
+        from fastdistill.models.lora import add_lora
 
-    shared = {id(value): value for value in (*frozen.parameters(), *frozen.buffers())}
-    student = copy.deepcopy(frozen, shared).train()
-    add_lora(student.network, rank, seed=recipe.seed + 2)
+        shared = {id(value): value for value in (*frozen.parameters(), *frozen.buffers())}
+        student = copy.deepcopy(frozen, shared).train()
+        add_lora(student.network, rank, seed=recipe.seed + 2)
+    path = recipe.start_noise
+    student.start = None if path is None else _start_noise(path, student)
     return student
+
+
+def _start_noise(path: str, student: Denoiser) -> Gaussian:
+    """The Gaussian whose marginal a student starts from, on its device."""
+    gaussian = load_gaussian(path, next(student.parameters()).device)
+    if not isinstance(gaussian, Gaussian):
+        raise RecipeError(
+            f"start_noise {path} is a mixture, whose marginal is no map of noise; fit one Gaussian"
+        )
+    return gaussian
 
 
 def _rank(recipe: Recipe, role: str) -> int | None:

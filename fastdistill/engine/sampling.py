@@ -58,7 +58,7 @@ def sample_student(
 
     def draw(index: Tensor) -> Tensor:
         denoise = functools.partial(_denoise, student, conditions.rows(index).condition)
-        return few_step(denoise, student.process, times, noise, index, shape)
+        return few_step(denoise, student.process, times, noise, index, shape, start=student.start)
 
     return _by_batches(student, count, batch, draw)
 

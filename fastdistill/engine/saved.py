@@ -21,6 +21,8 @@ from fastdistill.config import Recipe
 from fastdistill.diffusion import EDM, EDMPreconditioning
 from fastdistill.engine.folder import MANIFEST, check_folder, commit_folder, read_document
 from fastdistill.engine.shards import read_tensors
+from fastdistill.gaussian import Gaussian
+from fastdistill.gaussian.files import pack_gaussian, unpack_gaussian
 from fastdistill.models import Denoiser
 from fastdistill.models.digits import DigitsNetwork
 
@@ -114,7 +116,10 @@ def is_saved_denoiser(folder: Path | str) -> bool:
 
 
 def save_denoiser(
-    folder: Path, weights: dict[str, Tensor], description: DenoiserDescription
+    folder: Path,
+    weights: dict[str, Tensor],
+    description: DenoiserDescription,
+    start: Gaussian | None = None,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, whole or not at all.
 
@@ -122,9 +127,12 @@ def save_denoiser(
         folder: where to; a folder that exists is replaced.
         weights: state dict of the network.
         description: what it is.
+        start: the Gaussian that a student's first input is of; it goes into ``start.*``.
     """
-    documents: dict[str, Any] = {"config": description.model_dump(mode="json")}
-    commit_folder(folder, {"model": weights}, documents)
+    tensors, documents = {"model": weights}, {"config": description.model_dump(mode="json")}
+    if start is not None:
+        tensors["start"], documents["start"] = pack_gaussian(start)
+    commit_folder(folder, tensors, documents)
 
 
 def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> SavedDenoiser:
@@ -143,6 +151,9 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Sav
         denoiser.network.load_state_dict(read_tensors(folder, "model"))
     except RuntimeError as error:
         raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
+    if (folder / "start.json").exists():
+        start = unpack_gaussian(read_tensors(folder, "start"), read_document(folder, "start"))
+        denoiser.start = start
     return SavedDenoiser(denoiser.to(device).eval(), description)
 
 

@@ -64,7 +64,13 @@ class Denoiser(nn.Module):
         process: forward process that the network was trained on.
         parametrisation: what F is.
         input_dtype: dtype that the network reads; that of x_t if None.
+
+    Attributes:
+        start: makes a student's first input at (alpha, sigma) of standard normal noise, as a
+            `fastdistill.gaussian.Gaussian` does; pure noise of the process' scale if None.
     """
+
+    start: Any
 
     def __init__(
         self,
@@ -78,6 +84,7 @@ class Denoiser(nn.Module):
         self.process = process
         self.parametrisation = parametrisation
         self.input_dtype = input_dtype
+        self.start = None
 
     @property
     def two_times(self) -> bool:
@@ -119,6 +126,13 @@ class Denoiser(nn.Module):
             self.parametrisation.input_scale(alpha, sigma),
             noise_condition,
         )
+
+    def first_input(self, noise: Tensor, t: Tensor) -> Tensor:
+        """What a student reads first, of standard normal noise [B, ...], at time t [B]."""
+        if self.start is not None:
+            return self.start(noise, *self.process.alpha_sigma(t))
+        scale = self.process.start_scale(t).to(noise.dtype)
+        return scale.reshape(-1, *[1] * (noise.ndim - 1)) * noise
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fastdistill.diffusion import Noise, TimestepLaw
@@ -70,6 +70,12 @@ class BacktrackingMethod(DistributionMatchingMethod):
     """Whose features the discriminator reads; the teacher's change with every node."""
     gan_weight: float = Field(default=0.0, ge=0)
     """Weight of the GAN term in the student's loss (mean-reduction convention)."""
+
+    @model_validator(mode="after")
+    def _nodes_have_no_stand_in(self) -> BacktrackingMethod:
+        if self.stand_in is not None:
+            raise ValueError("stand_in is fitted to the teacher, and not to the nodes before it")
+        return self
 
     def steps_per_node(self, last: int, steps: int) -> int:
         """Steps for which each of the nodes ``last - 1``, ..., 1 is the target.

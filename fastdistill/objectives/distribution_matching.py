@@ -34,6 +34,7 @@ from fastdistill.objectives.discriminator import Discriminator, logistic_cotange
 from fastdistill.objectives.divergences import Divergence, get_divergence
 from fastdistill.objectives.reward import Reward
 from fastdistill.objectives.score_distillation import ScoreDistillation
+from fastdistill.objectives.stand_in import Split, StandIn, take_rows
 from fastdistill.ops import density_ratio_weight, matching_cotangent, renoise
 
 
@@ -144,6 +145,7 @@ class DistributionMatching(ScoreDistillation):
         discriminator: needed for a GAN term and for every divergence but reverse KL.
         settings: numbers of the method.
         reward: see there.
+        stand_in: answers for the teacher above a noise level; nobody does if None.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -161,6 +163,7 @@ class DistributionMatching(ScoreDistillation):
         discriminator: Discriminator | None = None,
         settings: MatchingSettings | None = None,
         reward: Reward | None = None,
+        stand_in: StandIn | None = None,
     ) -> None:
         settings = settings or MatchingSettings()
         if settings.needs_discriminator and discriminator is None:
@@ -172,6 +175,12 @@ class DistributionMatching(ScoreDistillation):
             raise ValueError(
                 "a discriminator is given, but reverse_kl with gan_weight 0 uses none; drop it, "
                 "or choose another divergence or a GAN weight"
+            )
+        reads_teacher = discriminator is not None and settings.gan_features == "teacher"
+        if stand_in is not None and reads_teacher:
+            raise ValueError(
+                "stand_in leaves the teacher out at high noise, but the discriminator reads the "
+                "teacher's features there; set gan_features: critic, or drop stand_in"
             )
         super().__init__(
             student,
@@ -185,6 +194,7 @@ class DistributionMatching(ScoreDistillation):
             discriminator,
             reward,
         )
+        self.stand_in = stand_in
         self.ratio_history: Tensor
         if settings.divergence.needs_ratio:
             self.register_buffer("ratio_history", torch.zeros(self.noise_bins, 2))
@@ -199,19 +209,24 @@ class DistributionMatching(ScoreDistillation):
         settings = self.settings
         # Only the GAN term looks at x_t as a function of the sample; the rest is a constant to it.
         source = sample if settings.gan_weight > 0 else sample.detach()
-        noised = noised_for(self.teacher, batch, source, self.matching_law, "matching")
+        split = None if self.stand_in is None else self.stand_in.split(batch)
+        noised = noised_for(self.teacher, batch, source, split or self.matching_law, "matching")
         level = noised.level
         critic_level, critic_input = self._critic_view(level, noised.x_t, noised.model_input)
         raw = self._evaluate(
             {"teacher": level, "critic": critic_level},
             {"teacher": noised.model_input, "critic": critic_input},
             batch,
+            None if split is None else (split, noised.x_t.detach()),
         )
         shared = None
         if settings.share_critic_forward:
             shared = raw.critic, noised.x_t.detach(), critic_level
         bins = self._bins(level)
         weight, metrics = self._weight(raw.logits, bins, batch)
+        if split is not None:
+            weight = split.weight if weight is None else weight * split.weight
+            metrics["teacher_share"] = split.teacher_share
         matched = matching_cotangent(
             sample.detach(),
             noised.x_t.detach(),
@@ -240,7 +255,7 @@ class DistributionMatching(ScoreDistillation):
             "nonfinite": matched.nonfinite,
         }
         by_level = ["score_gap", "residual"]
-        if weight is not None:
+        if "ratio" in metrics:
             by_level.append("ratio")
         update = Update(pairs, metrics, bins, tuple(by_level), shared)
         return self._rewarded(batch, sample, update)
@@ -259,10 +274,15 @@ class DistributionMatching(ScoreDistillation):
         return update if self.discriminator is None else self._discriminate(batch, sample, update)
 
     def _evaluate(
-        self, levels: dict[str, Level], inputs: dict[str, Tensor], batch: Batch
+        self,
+        levels: dict[str, Level],
+        inputs: dict[str, Tensor],
+        batch: Batch,
+        split: tuple[Split, Tensor] | None = None,
     ) -> _Outputs:
         """Raw outputs of teacher and critic, as far as they are read, and the logits.
 
+        With a split of the rows (and x_t) the stand-in answers for some of the teacher's.
         The pass that yields the discriminator's features also yields its network's raw output, and
         keeps a graph up to the features only where the GAN term needs one.
         """
@@ -283,7 +303,12 @@ class DistributionMatching(ScoreDistillation):
         uncond: dict[str, Tensor] = {}
         for role, denoiser in denoisers.items():
             level, model_input = levels[role], inputs[role].detach()
-            if both_of[role]:
+            if role == "teacher" and split is not None:
+                with torch.no_grad():
+                    raw[role], other = self._with_stand_in(*split, level, model_input, batch)
+                if other is not None:
+                    uncond[role] = other
+            elif both_of[role]:
                 with torch.no_grad():
                     raw[role], uncond[role] = self._with_and_without(
                         denoiser, level, model_input, batch, raw.get(role)
@@ -296,6 +321,24 @@ class DistributionMatching(ScoreDistillation):
                     )
         return _Outputs(
             raw["teacher"], uncond.get("teacher"), raw["critic"], uncond.get("critic"), logits
+        )
+
+    def _with_stand_in(
+        self, split: Split, x_t: Tensor, level: Level, model_input: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher with and without the condition, the stand-in answering for its own rows."""
+        assert self.stand_in is not None
+        rows, fill = split.teacher, self.stand_in.fill
+        own_level, own_input = take_rows(level, rows), model_input[rows]
+        condition, uncondition = take_rows((batch.condition, batch.uncondition), rows)
+        if self.settings.guidance_scale == 1.0:
+            raw = self.teacher.network(own_input, own_level.noise_condition, condition)
+            return fill(raw, split, x_t, level, batch.condition), None
+        own = dataclasses.replace(batch, condition=condition, uncondition=uncondition)
+        raw, other = self._with_and_without(self.teacher, own_level, own_input, own)
+        return (
+            fill(raw, split, x_t, level, batch.condition),
+            fill(other, split, x_t, level, batch.uncondition),
         )
 
     def _weight(

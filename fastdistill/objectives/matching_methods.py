@@ -17,6 +17,7 @@ from fastdistill.objectives.distribution_matching import (
 )
 from fastdistill.objectives.divergences import get_divergence
 from fastdistill.objectives.method import Method, Networks
+from fastdistill.objectives.stand_in import StandInSettings
 
 
 class DistributionMatchingMethod(Method):
@@ -48,6 +49,9 @@ class DistributionMatchingMethod(Method):
     """Lower bound of the density ratio before it is calibrated."""
     ratio_max: PositiveFloat = 20.0
     """Upper bound of the density ratio before it is calibrated."""
+    stand_in: StandInSettings | None = None
+    """A fitted Gaussian in the teacher's place above a noise level (docs/gaussian.md); null asks
+    the teacher always."""
     critic_augmentation: AugmentationSettings | None = None
     """ScoreAug in the critic's loss; null trains it on plain samples."""
     share_critic_forward: bool = False
@@ -99,9 +103,10 @@ class DistributionMatchingMethod(Method):
 
     def parts(self, networks: Networks) -> dict[str, Any]:
         """The arguments of the objective."""
+        teacher, stand_in = networks.teacher, self.stand_in
         return {
             "student": networks.student,
-            "teacher": networks.teacher,
+            "teacher": teacher,
             "critic": networks.critic(),
             "student_times": self.student_times,
             "matching_law": self.matching_law,
@@ -109,6 +114,7 @@ class DistributionMatchingMethod(Method):
             "discriminator": networks.discriminator() if self.needs_discriminator else None,
             "settings": self.matching_settings(),
             "reward": None if self.reward is None else networks.reward(self.reward),
+            "stand_in": None if stand_in is None else stand_in.load(teacher, self.matching_law),
         }
 
     def build(self, networks: Networks) -> DistributionMatching:

@@ -45,7 +45,7 @@ class KnowledgeDistillation(Objective):
         t = torch.full(batch.index.shape, self.time, device=batch.index.device)
         level = student.level(t)
         shape = (-1, *[1] * (noise.ndim - 1))
-        x_t = student.process.start_scale(t).reshape(shape) * noise
+        x_t = student.first_input(noise, t)
         scaled = x_t if level.input_scale is None else level.input_scale.reshape(shape) * x_t
         model_input = scaled.to(student.input_dtype or x_t.dtype)
         raw = student.network(model_input, level.noise_condition, batch.condition)

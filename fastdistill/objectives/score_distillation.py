@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw, starting_point
+from fastdistill.diffusion import Noise, Parametrisation, TimestepLaw
 from fastdistill.models import Denoiser, Level
 from fastdistill.models.denoiser import concatenate_conditions
 from fastdistill.objectives.augmentation import AugmentationSettings
@@ -46,7 +46,7 @@ def backward_simulation(
     """
     process = student.process
     t = torch.full(batch.index.shape, times[0], device=batch.index.device)
-    x_t = starting_point(process, t, batch.noise, batch.index, batch.shape)
+    x_t = student.first_input(batch.noise.normal("latents", batch.index, batch.shape), t)
     for k in range(1, course + 1):
         with torch.no_grad():
             x0 = student(x_t, t, batch.condition)
