@@ -53,7 +53,11 @@ CASES = (
     Case("DMD, 4 steps", ("objective=dmd", FOUR)),
     Case("DMD2", ("objective=dmd2",)),
     Case("f-distill, Jensen-Shannon", ("objective=f_distill",), ON_CRITIC),
-    Case("f-distill, forward KL", ("objective=f_distill", "objective.divergence=forward_kl"), ON_CRITIC),
+    Case(
+        "f-distill, forward KL",
+        ("objective=f_distill", "objective.divergence=forward_kl"),
+        ON_CRITIC,
+    ),
     Case("DisBack", ("objective=backtracking",)),
     Case("SIM", ("objective=sim",)),
     Case("SiD", ("objective=sid",)),
