@@ -23,6 +23,7 @@ from fastdistill.engine.scores import MixtureScores
 from fastdistill.models import ExactDenoiser
 
 SMALL = [
+    "warmup=null",
     "model.width=16",
     "model.blocks=2",
     "teacher.training.steps=20",
