@@ -147,6 +147,9 @@ class MLPModel(Settings):
     octaves: NonNegativeInt = 0
     """Sines and cosines of the inputs at 1, 2, 4, ... that are read beside them: networks of few
     inputs are too smooth for narrow modes without."""
+    residual_critic: bool = False
+    """The critic is the exact teacher and a network that begins at zero, and not a network alone,
+    whose errors the student would take for the teacher's; needs teacher.exact."""
 
 
 class PretrainedModel(Settings):

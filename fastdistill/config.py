@@ -314,6 +314,11 @@ class Recipe(Settings):
             return self
         if self.degradation is None:
             raise ValueError("degradation is missing: objective backtracking goes its path back")
+        if self.teacher.exact:
+            raise ValueError(
+                "objective backtracking goes along copies of the teacher's network, and an exact "
+                "teacher has none: set teacher.exact: false, or choose another method"
+            )
         self.objective.steps_per_node(self.degradation.nodes, self.training.steps)
         for role in ("student_lora", "critic_lora"):
             if getattr(self.model, role, None) is not None:
@@ -369,6 +374,8 @@ class Recipe(Settings):
                 raise ValueError("guidance_scale is set, but a mixture has no classes to guide by")
         elif self.teacher.exact:
             raise ValueError(f"teacher.exact needs data mixture, but data is {self.data.name}")
+        if getattr(self.model, "residual_critic", False) and not self.teacher.exact:
+            raise ValueError("model.residual_critic is upon an exact teacher: set teacher.exact")
         if self.data.name == "labels" and self.objective.needs_real:
             raise ValueError(
                 f"data labels has no real samples, but objective {self.objective.name} learns from "

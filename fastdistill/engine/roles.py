@@ -27,7 +27,7 @@ from fastdistill.engine.saved import (
     load_weights,
 )
 from fastdistill.gaussian import Gaussian, load_gaussian
-from fastdistill.models import Denoiser, ExactDenoiser
+from fastdistill.models import Denoiser, ExactDenoiser, ResidualCritic
 from fastdistill.objectives import Discriminator, Objective, Reward
 from fastdistill.objectives.backtracking import DegradationPath
 
@@ -153,7 +153,11 @@ class RunNetworks:
     def critic(self) -> Denoiser:
         rank = _rank(self.recipe, "critic_lora")
         if rank is None:
-            return self._given.requires_grad_(True).train()
+            critic = self._given.requires_grad_(True).train()
+            if not getattr(self.recipe.model, "residual_critic", False):
+                return critic
+            assert isinstance(self.teacher, ExactDenoiser)
+            return ResidualCritic(self.teacher, critic)
         from fastdistill.models.lora import shared_lora_critic
 
         return shared_lora_critic(self.teacher, rank, seed=self.recipe.seed + 3)

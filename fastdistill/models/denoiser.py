@@ -106,6 +106,11 @@ class Denoiser(nn.Module):
             )
         self.network.add_second_time()
 
+    @property
+    def loss_space(self) -> Parametrisation:
+        """Where a squared error of its network has unit weight, where nothing else is asked for."""
+        return self.parametrisation
+
     def level(self, t: Tensor, until: Tensor | None = None) -> Level:
         """Coefficients at times t [B], and what the network is told.
 

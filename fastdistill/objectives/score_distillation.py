@@ -99,7 +99,7 @@ class ScoreDistillation(Objective):
         matching_law: law of the times at which teacher and critic are compared.
         critic_law: law of the critic's training times.
         settings: numbers of the method.
-        critic_loss_space: space of the critic's squared error; its own parametrisation if None.
+        critic_loss_space: space of the critic's squared error; its ``loss_space`` if None.
         discriminator: where ``settings`` need one.
         reward: of clean samples, where ``settings.reward_weight`` is not 0.
 
@@ -136,7 +136,7 @@ class ScoreDistillation(Objective):
         self.discriminator = discriminator
         self.student_times = list(student_times)
         self.matching_law, self.critic_law = matching_law, critic_law
-        self.critic_loss_space = critic_loss_space or critic.parametrisation
+        self.critic_loss_space = critic_loss_space or critic.loss_space
         self.settings: Any = settings
         # Tuples: what is frozen is not registered, and so no state of a run.
         self._frozen = (teacher.requires_grad_(False).eval(),)
