@@ -60,6 +60,6 @@ def test_only_the_network_is_trained_and_saved():
 def test_it_is_refused_without_an_exact_teacher():
     with pytest.raises(RecipeError, match="upon an exact teacher: set"):
         load_recipe("mixture_2d", ["model.residual_critic=true", "teacher.exact=false"])
+    section = "{nodes: 2, training: {steps: 8, batch_size: 8, student: {lr: 1e-3}}}"
     with pytest.raises(RecipeError, match="an exact teacher has none"):
-        section = "{nodes: 2, training: {steps: 8, batch_size: 8, student: {lr: 1e-3}}}"
         load_recipe("mixture_2d", [f"degradation={section}", "objective=backtracking"])
