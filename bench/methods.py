@@ -34,10 +34,19 @@ class Case:
     overrides: tuple[str, ...]
     recipes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Further overrides for one recipe."""
+    warm: bool = True
+    """Whether the student starts at the one of the recipe's warm-up, where it has one; else as the
+    network that the teacher's stage trained."""
+    without: tuple[str, ...] = ()
+    """Recipes that the method is not for."""
 
-    def arguments(self, recipe: str) -> tuple[str, ...]:
-        """All that differs from the recipe."""
-        return self.overrides + tuple(self.recipes.get(recipe, ()))
+    def arguments(self, recipe: str, shared: Path) -> tuple[str, ...]:
+        """All that differs from the recipe; ``shared`` is the run that made teacher and warm-up."""
+        start: tuple[str, ...] = ("warmup=null",)
+        if self.warm and (shared / "warmup").is_dir():
+            start += (f"start={shared / 'warmup'}",)
+        teacher = (f"teacher={shared / 'teacher'}",)
+        return teacher + start + self.overrides + tuple(self.recipes.get(recipe, ()))
 
 
 EXACT = ("mixture_2d", "mixture_64d")
@@ -45,6 +54,9 @@ EXACT = ("mixture_2d", "mixture_64d")
 ON_CRITIC = dict.fromkeys(EXACT, ("objective.gan_features=critic",))
 TRAJECTORIES = ("training.student.betas=[0.9, 0.99]", "objective.student_times=[20]")
 TWO, FOUR = "objective.student_times=[2.5, 0.6]", "objective.student_times=[2.5, 1.2, 0.6, 0.3]"
+IN_TWO, IN_FOUR = "objective.student_times=[20, 1]", "objective.student_times=[20, 2.5, 1, 0.4]"
+ICT = ("objective.source=data", "objective.pairs={name: ict}")
+REWARD = ("objective.reward=digits_classifier", "objective.reward_weight=0.001")
 
 CASES = (
     Case("Diff-Instruct", ("objective=diff_instruct",)),
@@ -58,14 +70,24 @@ CASES = (
         ("objective=f_distill", "objective.divergence=forward_kl"),
         ON_CRITIC,
     ),
-    Case("DisBack", ("objective=backtracking",)),
+    Case("DisBack", ("objective=backtracking",), without=EXACT),
     Case("SIM", ("objective=sim",)),
     Case("SiD", ("objective=sid",)),
     Case("SiDA", ("objective=sida",)),
-    Case("consistency, ECT", ("objective=consistency", *TRAJECTORIES)),
-    Case("sCM", ("objective=continuous_consistency", *TRAJECTORIES)),
+    Case("consistency, ECT", ("objective=consistency", *TRAJECTORIES), warm=False),
+    Case("consistency, ECT, 2 steps", ("objective=consistency", *TRAJECTORIES, IN_TWO), warm=False),
+    Case(
+        "consistency, ECT, 4 steps", ("objective=consistency", *TRAJECTORIES, IN_FOUR), warm=False
+    ),
+    Case("consistency, iCT on data", ("objective=consistency", *TRAJECTORIES, *ICT), warm=False),
+    Case("sCM", ("objective=continuous_consistency", *TRAJECTORIES), warm=False),
+    Case("sCM, 2 steps", ("objective=continuous_consistency", *TRAJECTORIES, IN_TWO), warm=False),
     Case("rCM", ("objective=consistency_matching",)),
-    Case("MeanFlow", ("objective=mean_flow", *TRAJECTORIES)),
+    Case("MeanFlow", ("objective=mean_flow", *TRAJECTORIES), warm=False),
+    Case("MeanFlow, 4 steps", ("objective=mean_flow", *TRAJECTORIES, IN_FOUR), warm=False),
+    Case("Entropic Score Distillation", ("objective=esd",), without=EXACT),
+    Case("Diff-Instruct++", ("objective=diff_instruct_plus_plus", *REWARD), without=EXACT),
+    Case("Diff-Instruct*", ("objective=diff_instruct_star", *REWARD), without=EXACT),
 )
 
 COLUMNS: dict[str, dict[str, str]] = {
@@ -75,6 +97,24 @@ COLUMNS: dict[str, dict[str, str]] = {
         "precision": "precision_student",
         "recall": "recall_student",
         "Vendi": "vendi_student",
+    },
+    "mixture_2d": {
+        "KL(student, truth)": "reverse_kl_student",
+        "KL(truth, student)": "forward_kl_student",
+        "JS": "jensen_shannon_student",
+        "modes": "modes_covered_student",
+        "smallest mode": "mode_weight_min_student",
+        "largest mode": "mode_weight_max_student",
+        "outliers": "outliers_student",
+    },
+    "mixture_64d": {
+        "KL(student, truth), fitted": "fitted_reverse_kl_student",
+        "KL(truth, student), fitted": "fitted_forward_kl_student",
+        "sliced Wasserstein": "sliced_wasserstein_student",
+        "modes": "modes_covered_student",
+        "smallest mode": "mode_weight_min_student",
+        "largest mode": "mode_weight_max_student",
+        "outliers": "outliers_student",
     },
 }
 """What a recipe's table shows, by title."""
@@ -127,8 +167,8 @@ def measure(
 
         def one(job: tuple[Case, int]) -> tuple[str, dict[str, Any] | None]:
             case, seed = job
-            teacher = output / f"teacher-{seed}" / "teacher"
-            overrides = (f"seed={seed}", f"teacher={teacher.resolve()}", *case.arguments(recipe))
+            shared = output / f"teacher-{seed}"
+            overrides = (f"seed={seed}", *case.arguments(recipe, shared))
             folder = output / f"{name(case.label)}-{seed}"
             summary = train(recipe, overrides, folder)
             if summary is not None:
@@ -153,13 +193,12 @@ def table(recipe: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "| method | steps | " + " | ".join(columns) + " |",
         "|---|---|" + "---|" * len(columns),
     ]
-    teachers = [summaries[0] for summaries in found.values() if summaries][:1]
-    if teachers:
-        roles = {title: key.replace("_student", "_teacher") for title, key in columns.items()}
-        rows = next(summaries for summaries in found.values() if summaries)
-        cells = [cell(rows, key) if key in rows[0] else "" for key in list(roles.values())[:-2]]
-        evaluations = rows[0]["evaluations_teacher"]
-        lines.append(f"| *teacher* | {evaluations} | " + " | ".join([*cells, "", ""]) + " |")
+    done = next((summaries for summaries in found.values() if summaries), None)
+    if done is not None:
+        keys = [key.replace("_student", "_teacher") for key in COLUMNS[recipe].values()]
+        cells = [cell(done, key) for key in keys]
+        steps = done[0]["evaluations_teacher"]
+        lines.append(f"| *teacher* | {steps} | " + " | ".join([*cells, "", ""]) + " |")
     for label, summaries in found.items():
         if not summaries:
             lines.append(f"| {label} | | " + " | ".join(["failed"] * len(columns)) + " |")
@@ -195,7 +234,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="labels of methods")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     arguments = parser.parse_args()
-    cases = [case for case in CASES if not arguments.only or case.label in arguments.only]
+    cases = [
+        case
+        for case in CASES
+        if arguments.recipe not in case.without
+        and (not arguments.only or case.label in arguments.only)
+    ]
     found = measure(
         arguments.recipe, cases, arguments.seeds, arguments.output.resolve(), arguments.jobs
     )
