@@ -56,6 +56,13 @@ def _skew_jensen_shannon(pi: float) -> Divergence:
     return Divergence(f"skew_jensen_shannon:{pi:g}", f, 1, 1 - pi, pi, -1, pi * (1 - pi))
 
 
+def _skew_reverse_kl(pi: float) -> Divergence:
+    """KL(q || pi p + (1 - pi) q): reverse KL whose weight falls where the teacher has no mass."""
+    return Divergence(
+        f"skew_reverse_kl:{pi:g}", lambda r: -(pi * r + 1 - pi).log(), 2, 1 - pi, pi, -2, pi**2
+    )
+
+
 _TABLE = {
     divergence.name: divergence
     for divergence in (
@@ -80,7 +87,11 @@ _TABLE = {
     )
 }
 
-_FAMILIES = {"alpha": _alpha, "skew_jensen_shannon": _skew_jensen_shannon}
+_FAMILIES = {
+    "alpha": _alpha,
+    "skew_jensen_shannon": _skew_jensen_shannon,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
 
 
 def divergence_names() -> list[str]:
@@ -111,7 +122,7 @@ def get_divergence(name: str) -> Divergence:
         value = float(number)
         if family == "alpha" and value in (0.0, 1.0):
             raise ValueError(f"{name} is reverse_kl (0) or forward_kl (1): use that name")
-        if family == "skew_jensen_shannon" and not 0 < value < 1:
+        if family.startswith("skew") and not 0 < value < 1:
             raise ValueError(f"{name}: the mixture weight must lie between 0 and 1")
         return _FAMILIES[family](value)
     near = difflib.get_close_matches(name, [*_TABLE, *_FAMILIES], n=1)
