@@ -21,7 +21,11 @@ from typing import Any
 import torch
 
 from bench.machine import describe
-from fastdistill.engine.compare import Cell
+from fastdistill.engine.compare import Cell, Run
+from fastdistill.engine.drawing import save_scatter
+from fastdistill.engine.job import Job
+from fastdistill.engine.roles import make_frozen
+from fastdistill.engine.saved import load_denoiser
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -149,8 +153,6 @@ def name(label: str) -> str:
 
 def minutes(folder: Path) -> float:
     """Duration of the distillation, by the speed at its log points."""
-    from fastdistill.engine.compare import Run
-
     return Run.read(folder).minutes or float("nan")
 
 
@@ -217,6 +219,25 @@ def cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
     return str(Cell.of([float(value) for value in values if value is not None]))
 
 
+def draw(cases: Sequence[Case], output: Path, seed: int, path: Path) -> None:
+    """Samples of the truth, the teacher and every method's student in the plane."""
+    first = Job.open(output / f"teacher-{seed}", lambda line: None)
+    trained = load_denoiser(first.folder / "teacher").denoiser
+    truth = first.data.batch(seed, 1 << 40, 2000).samples
+    assert truth is not None
+    drawn = {
+        "truth": truth,
+        "teacher": first.judge.teacher_samples(make_frozen(first.recipe, trained), 2000),
+    }
+    for case in cases:
+        folder = output / f"{name(case.label)}-{seed}"
+        if (folder / "student").is_dir():
+            job = Job.open(folder, lambda line: None)
+            student = load_denoiser(folder / "student").denoiser
+            drawn[case.label] = job.judge.student_samples(student, 2000)
+    save_scatter(path, drawn)
+
+
 def headline() -> str:
     """Date, machine and versions."""
     facts = describe(torch.device("cpu"))
@@ -232,6 +253,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="labels of methods")
+    parser.add_argument("--figure", type=Path, help="samples of mixture_2d, as a picture")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     arguments = parser.parse_args()
     cases = [
@@ -243,6 +265,8 @@ def main() -> None:
     found = measure(
         arguments.recipe, cases, arguments.seeds, arguments.output.resolve(), arguments.jobs
     )
+    if arguments.figure is not None:
+        draw(cases, arguments.output.resolve(), arguments.seeds[0], arguments.figure)
     print(f"{headline()}\n\n{table(arguments.recipe, found)}")
 
 

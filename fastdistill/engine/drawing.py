@@ -77,7 +77,7 @@ def save_grid(path: Path, columns: Mapping[str, Tensor], pictures: Pictures) -> 
 
 
 def save_scatter(path: Path, columns: Mapping[str, Tensor]) -> None:
-    """Draw sets of vectors [n, d] as points side by side, all on the same two axes.
+    """Draw sets of vectors [n, d] as points, five sets a row, all on the same two axes.
 
     Args:
         path: a .png file.
@@ -90,9 +90,14 @@ def save_scatter(path: Path, columns: Mapping[str, Tensor]) -> None:
     first = next(iter(views.values()))
     reach = 1.25 * float(first.abs().max())
     path.parent.mkdir(exist_ok=True)
-    figure = Figure(figsize=(3.2 * len(views) + 0.2, 3.5), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(views), squeeze=False)[0]
-    for axis, (title, points) in zip(axes, views.items(), strict=True):
+    across = min(len(views), 5)
+    down = -(-len(views) // across)
+    size = 3.2 * across + 0.2, 3.3 * down + 0.2
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis in axes[len(views) :]:
+        axis.axis("off")
+    for axis, (title, points) in zip(axes, views.items(), strict=False):
         axis.scatter(*points.T.numpy(), s=2, alpha=0.4, linewidths=0)
         axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         axis.set_title(title, fontsize=9)
