@@ -49,7 +49,7 @@ def test_samples_that_cannot_be_transformed_are_refused_before_a_folder_is_made(
     wrong = recipe.objective.critic_augmentation.model_copy(update={"rotation": True})
     objective = recipe.objective.model_copy(update={"critic_augmentation": wrong})
     recipe = recipe.model_copy(update={"objective": objective})
-    from fastdistill.engine import job
+    from fastdistill.engine import inputs
 
     class Wide:
         def __init__(self, images) -> None:
@@ -58,9 +58,9 @@ def test_samples_that_cannot_be_transformed_are_refused_before_a_folder_is_made(
         def to(self, device):
             return self
 
-    digits = job.digits
+    digits = inputs.digits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "digits", lambda: Wide(digits()))
+        patch.setattr(inputs, "digits", lambda: Wide(digits()))
         with pytest.raises(ValueError, match="rotation is for square pictures"):
             Job.create(tmp_path / "run", recipe, lambda line: None)
     assert not (tmp_path / "run").exists()

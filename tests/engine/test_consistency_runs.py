@@ -14,9 +14,9 @@ from fastdistill.data import digits
 from fastdistill.diffusion import Noise
 from fastdistill.engine.checkpoint import CheckpointStore
 from fastdistill.engine.job import Job
-from fastdistill.engine.judge import Judge
 from fastdistill.engine.roles import make_objective
 from fastdistill.engine.saved import DenoiserDescription, load_denoiser
+from fastdistill.engine.scores import DigitsScores
 from fastdistill.engine.trainer import Trainer
 from fastdistill.objectives import Batch, DistributionMatching
 
@@ -105,7 +105,8 @@ def test_matching_and_consistency_add_their_gradients():
 
 def test_a_run_of_mean_flow_leaves_a_student_of_two_times(tmp_path, monkeypatch):
     """It is sampled as any other, and another method can start at it."""
-    monkeypatch.setattr(Judge, "scores", lambda self, samples: {})  # they take seconds
+    for name in ("of", "drift"):  # they take seconds
+        monkeypatch.setattr(DigitsScores, name, lambda self, *given: {})
     recipe = small_recipe(*METHODS["mean_flow"], *QUICK, "evaluation.samples=100")
     folder = tmp_path / "first"
     assert Job.create(folder, recipe, say=lambda line: None).run() is not None

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from fastdistill.diffusion import EDM, VP, Noise, RectifiedFlow
+from fastdistill.diffusion import EDM, VP, X0, Noise, RectifiedFlow
 from fastdistill.engine import sampling
 from fastdistill.engine.metrics import JSONLines, MetricBuffer
 from fastdistill.engine.sampling import Conditions
+from fastdistill.models import Denoiser
 
 
 def test_means_are_over_everything_since_the_last_reading():
@@ -51,12 +52,12 @@ def test_rows_are_cut_back_to_the_checkpoint(tmp_path):
         again.truncate(10_000)
 
 
-class _Gaussian(torch.nn.Module):
+class _Gaussian(Denoiser):
     """Denoiser of N(0.5, 0.25) in any process."""
 
     def __init__(self, process):
-        super().__init__()
-        self.process, self.nothing = process, torch.nn.Parameter(torch.zeros(()))
+        super().__init__(torch.nn.Identity(), process, X0())
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, x_t, t, condition=None):
         alpha, sigma = (value.view(-1, 1) for value in self.process.alpha_sigma(t))

@@ -20,7 +20,7 @@ from fastdistill.engine.report import comparison
 from fastdistill.engine.roles import RunNetworks
 from fastdistill.engine.saved import DenoiserDescription, load_denoiser
 from fastdistill.engine.scores import MixtureScores
-from fastdistill.models import ExactDenoiser
+from fastdistill.models import ExactDenoiser, ResidualCritic
 
 SMALL = [
     "warmup=null",
@@ -104,9 +104,13 @@ def test_scores_come_from_the_truth_and_networks_from_the_samples():
     torch.testing.assert_close(teacher(x, t), expected)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert networks.discriminator() is not None
-    assert networks.critic() is trained
+    critic = networks.critic()
+    assert isinstance(critic, ResidualCritic)
+    assert critic.network.trained is trained
     assert networks.student.network is not trained.network
-    networks = RunNetworks(small_recipe("mixture_2d", "teacher.exact=false"), trained)
+    alone = ["model.residual_critic=false", "teacher.exact=false"]
+    networks = RunNetworks(small_recipe("mixture_2d", *alone), trained)
+    assert networks.critic() is trained
     assert not isinstance(networks.teacher, ExactDenoiser)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from small import small_recipe
 
 from fastdistill import cli
@@ -324,7 +325,7 @@ class TestRecipe:
 
 def run(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["fastdistill", "plan", *arguments])
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(cli, "console", Console(width=160, highlight=False, soft_wrap=True))
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     return stopped.value.code
