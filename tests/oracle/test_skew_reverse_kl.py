@@ -20,7 +20,9 @@ def test_weight_is_that_of_its_generator():
     assert float(divergence.f(one)) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("case", [Gaussians(), *random_configurations()], ids=str)
+@pytest.mark.parametrize(
+    "case", [Gaussians(), *random_configurations()], ids=["published", "edm", "vp", "flow"]
+)
 @pytest.mark.parametrize("pi", [0.1, 0.7])
 def test_gradient_is_that_of_the_divergence_for_mean_and_scale(case, pi, reference_backend):
     name = f"skew_reverse_kl:{pi}"
