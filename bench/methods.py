@@ -148,7 +148,8 @@ def train(recipe: str, overrides: Sequence[str], folder: Path) -> dict[str, Any]
 
 def name(label: str) -> str:
     """A label as the name of a folder."""
-    return "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
+    spelled = label.lower().replace("+", "p").replace("*", "-star")
+    return "".join(c if c.isalnum() else "-" for c in spelled).strip("-")
 
 
 def minutes(folder: Path) -> float:
