@@ -26,7 +26,6 @@ from torch import Tensor
 from fastdistill.diffusion import Noise
 from fastdistill.gaussian.model import Gaussian, GaussianMixture
 from fastdistill.models import Condition, Denoiser
-from fastdistill.models.denoiser import concatenate_conditions
 
 LOWEST, HIGHEST = 0.01, 80.0
 
@@ -141,7 +140,7 @@ def diagnose(
             a, s = alpha.reshape(shape), sigma.reshape(shape)
             x_t = a * x0 + s * noise.normal("diagnosis", index, x0.shape[1:])
             given, null = _rows(condition, index), _rows(uncondition, index)
-            theirs = _denoised(teacher, x_t, t, given, null, guidance_scale)
+            theirs = teacher.guided(x_t, t, given, null, guidance_scale)
             ours = gaussian_denoised(gaussian, x_t, alpha, sigma, given, null, guidance_scale)
             gap = (theirs - ours).double()
             parts = (a * gap, a * theirs - x_t, gap, theirs - mean)
@@ -185,21 +184,6 @@ def labels_of(gaussian: Gaussian | GaussianMixture, condition: Condition) -> Ten
     if not isinstance(condition, Tensor) or condition.dtype != torch.int64:
         raise ValueError("a mixture of classes needs int64 labels as conditions")
     return condition
-
-
-def _denoised(
-    teacher: Denoiser,
-    x_t: Tensor,
-    t: Tensor,
-    condition: Condition,
-    uncondition: Condition,
-    guidance_scale: float,
-) -> Tensor:
-    if guidance_scale == 1:
-        return teacher(x_t, t, condition)
-    both = concatenate_conditions(condition, uncondition)
-    conditional, other = teacher(torch.cat((x_t, x_t)), torch.cat((t, t)), both).chunk(2)
-    return other + guidance_scale * (conditional - other)
 
 
 def _rows(condition: Condition, index: Tensor) -> Condition:

@@ -8,6 +8,7 @@ EDM, VP and rectified flow alike.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -43,13 +44,14 @@ class Fit:
     """Share of the total variance that a one-pass sketch missed altogether; 0 for exact fits."""
 
 
-class _Teleporting(nn.Module):
+class _Teleporting(nn.Module, abc.ABC):
     """What can be carried along its own probability-flow ODE."""
 
+    @abc.abstractmethod
     def transport(
         self, x: Tensor, alpha: Level, sigma: Level, to_alpha: Level, to_sigma: Level
     ) -> Tensor:
-        raise NotImplementedError
+        """x of its trajectory at another level  # [B, ...]"""
 
     def marginal(self, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """Samples of the marginal at (alpha, sigma), from standard normal noise  # [B, ...]

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from fastdistill.choices import LawChoice, RewardChoice, check_reward
-from fastdistill.objectives.augmentation import AugmentationSettings
+from fastdistill.choices import LawChoice, RewardChoice
 from fastdistill.objectives.distribution_matching import (
     DistributionMatching,
     MatchingSettings,
@@ -16,11 +15,12 @@ from fastdistill.objectives.distribution_matching import (
     check_sharing,
 )
 from fastdistill.objectives.divergences import get_divergence
-from fastdistill.objectives.method import Method, Networks
+from fastdistill.objectives.method import Networks
+from fastdistill.objectives.score_method import ScoreMethod
 from fastdistill.objectives.stand_in import StandInSettings
 
 
-class DistributionMatchingMethod(Method):
+class DistributionMatchingMethod(ScoreMethod):
     """Any pathwise method: divergence, normaliser, GAN and what they share."""
 
     name: Literal["distribution_matching"] = "distribution_matching"
@@ -52,8 +52,6 @@ class DistributionMatchingMethod(Method):
     stand_in: StandInSettings | None = None
     """A fitted Gaussian in the teacher's place above a noise level (docs/gaussian.md); null asks
     the teacher always."""
-    critic_augmentation: AugmentationSettings | None = None
-    """ScoreAug in the critic's loss; null trains it on plain samples."""
     share_critic_forward: bool = False
     """Let the critic's forward in the student's update serve one of its own updates, which then is
     at matching_law's times."""
@@ -63,37 +61,18 @@ class DistributionMatchingMethod(Method):
     entropy_weight: float = Field(default=0.0, ge=0)
     """ESD's lambda: the critic is read as lambda D(x_t, no condition) + (1 - lambda) D(x_t,
     condition), for samples that differ between conditions; 0 reads it with the condition alone."""
-    critic_condition_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the critic's training samples that are shown the null condition."""
-    reward: RewardChoice | None = None
-    """What samples are wanted to be like; null is no reward."""
-    reward_weight: float = Field(default=0.0, ge=0)
-    """Weight of the reward in the student's loss (mean-reduction convention)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistributionMatchingMethod:
         get_divergence(self.divergence)
         check_sharing(self)
         check_entropy(self)
-        check_reward(self.reward, self.reward_weight)
         return self
 
     @property
     def needs_discriminator(self) -> bool:
         """Whether the method reads a discriminator."""
         return self.gan_weight > 0 or get_divergence(self.divergence).needs_ratio
-
-    @property
-    def needs_null(self) -> bool:
-        return super().needs_null or self.critic_condition_dropout > 0
-
-    @property
-    def needs_real(self) -> bool:
-        return self.needs_discriminator
-
-    @property
-    def trains(self) -> tuple[str, ...]:
-        return ("critic", "discriminator") if self.needs_discriminator else ("critic",)
 
     def matching_settings(self) -> MatchingSettings:
         """The numbers that the objective reads."""

@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from fastdistill.choices import LawChoice, RewardChoice, check_reward
+from fastdistill.choices import LawChoice, RewardChoice
 from fastdistill.diffusion import KarrasIndex, LogNormalSigma
-from fastdistill.objectives.augmentation import AugmentationSettings
 from fastdistill.objectives.distances import get_distance
-from fastdistill.objectives.method import Method, Networks
+from fastdistill.objectives.method import Networks
+from fastdistill.objectives.score_method import ScoreMethod
 from fastdistill.objectives.score_projection import ScoreProjection
 
 
-class ScoreProjectionMethod(Method):
+class ScoreProjectionMethod(ScoreMethod):
     """Any score-projection method: distance, alpha, normaliser, GAN term and reward."""
 
     name: Literal["score_projection"]
@@ -39,19 +39,10 @@ class ScoreProjectionMethod(Method):
     """Weight of the GAN term in the student's loss (mean-reduction convention)."""
     gan_critic_weight: PositiveFloat = 1e-2
     """Weight of the discriminator's loss beside the critic's."""
-    critic_condition_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the critic's training samples that are shown the null condition."""
-    critic_augmentation: AugmentationSettings | None = None
-    """ScoreAug in the critic's loss; null trains it on plain samples."""
-    reward: RewardChoice | None = None
-    """What samples are wanted to be like; null is no reward."""
-    reward_weight: float = Field(default=0.0, ge=0)
-    """Weight of the reward in the student's loss (mean-reduction convention)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ScoreProjectionMethod:
         get_distance(self.distance)
-        check_reward(self.reward, self.reward_weight)
         if self.critic_augmentation is not None and self.needs_discriminator:
             raise ValueError(
                 "critic_augmentation transforms what the critic reads, so that its pass cannot "
@@ -63,18 +54,6 @@ class ScoreProjectionMethod(Method):
     def needs_discriminator(self) -> bool:
         """Whether the method reads a discriminator."""
         return self.gan_weight > 0
-
-    @property
-    def needs_null(self) -> bool:
-        return super().needs_null or self.critic_condition_dropout > 0
-
-    @property
-    def needs_real(self) -> bool:
-        return self.needs_discriminator
-
-    @property
-    def trains(self) -> tuple[str, ...]:
-        return ("critic", "discriminator") if self.needs_discriminator else ("critic",)
 
     def build(self, networks: Networks) -> ScoreProjection:
         return ScoreProjection(

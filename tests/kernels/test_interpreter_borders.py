@@ -154,7 +154,7 @@ def test_an_update_of_any_length(size):
         assert torch.equal(copy, _stochastic_bfloat16(p, torch.tensor([1, 2, 3])))
         results.append((p, m, v, ema, step))
     for theirs, mine in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=5e-7)
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
 
 
 @contextlib.contextmanager
@@ -219,6 +219,8 @@ def test_programs_walk_over_several_blocks_and_ranges(size, monkeypatch):
     starts = sorted({0, 1, 1024, 1025, 3000, 5 * 1024 - 1, 8 * 1024, *range(8200, 9000, 7)})
     groups = [k % 3 for k in range(len(starts))]
     state = torch.rand(4, size)
+    # Small steps from weights above 1: a difference near zero would be all rounding.
+    state += torch.tensor([1.0, 0.0, 0.0, 0.1])[:, None]
     results = []
     for backend in ("reference", "triton"):
         p, g, m, v = state.clone().unbind()
@@ -235,7 +237,7 @@ def test_programs_walk_over_several_blocks_and_ranges(size, monkeypatch):
         assert (float(step), *counters.tolist()) == (1, 0, 0)
         results.append((p, m, v))
     for theirs, mine in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=5e-7)
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
 
 
 def test_unaligned_ranges_are_updated_too():
